@@ -1,0 +1,184 @@
+"""The plan of a load or an export: every tensor of the model, where it is, and what becomes of it.
+
+Made from headers alone, so that what is wrong with a checkpoint is said before work begins.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.checkpoint.folder import CheckpointFolder
+from jaxquant.checkpoint.stored import SCALE_SUFFIXES, stored_quantization
+from jaxquant.config import QuantConfig, keeps_module
+from jaxquant.errors import CheckpointError
+from jaxquant.models.hf_config import HFConfig
+from jaxquant.models.registry import Family, Slot
+from jaxquant.tree import decide
+
+# Buffers that old checkpoints carry and models recompute.
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+_FP8 = {np.dtype(jnp.float8_e4m3fn), np.dtype(jnp.float8_e5m2)}
+_PLAIN = {np.dtype(jnp.bfloat16), np.dtype(np.float16), np.dtype(np.float32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One tensor of the model.
+
+    Attributes:
+      name: in the checkpoint.
+      slot: where it lives in the model.
+      config: how it is (or becomes) FP8, or None if it is kept.
+      scale_name: of its scales, if it is FP8 in the checkpoint already.
+      reason: why, for the report.
+    """
+
+    name: str
+    slot: Slot
+    config: QuantConfig | None
+    scale_name: str | None
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All tensors, in the order of the forward pass.
+
+    Attributes:
+      items: one per tensor of the model.
+      family: of the model.
+      config: how the model is quantized, or None.
+      stored: whether the checkpoint is FP8 already.
+    """
+
+    items: tuple[Item, ...]
+    family: Family
+    config: QuantConfig | None
+    stored: bool
+
+
+def make_plan(folder: CheckpointFolder, config: QuantConfig | None) -> Plan:
+    """Matches a checkpoint with its family and with what was asked for.
+
+    Args:
+      folder: the checkpoint.
+      config: how to quantize; None takes the checkpoint as it is, FP8 or not.
+
+    Raises:
+      CheckpointError: missing or unexpected tensors, shapes that do not fit config.json, dtypes
+        that cannot be loaded, another quantization than was asked for, or nothing to quantize.
+    """
+    source = str(folder.path / "config.json")
+    family = Family(HFConfig(folder.config, source))
+    stored = stored_quantization(folder.config, source)
+    if stored is not None and config is not None and not config.same_bytes(stored):
+        raise CheckpointError(
+            f"{source}: the checkpoint is FP8 already ({stored.describe()}), but "
+            f"{config.describe()} was asked for; load it as it is, or start from the BF16 one"
+        )
+    slots = family.slots()
+    scales = {} if stored is None else _scale_names(folder.names, slots)
+    _check_names(folder, slots, set(scales.values()))
+    items = tuple(
+        _item(folder, name, slot, config, stored, scales.get(name)) for name, slot in slots.items()
+    )
+    if (config or stored) and not any(item.config for item in items):
+        raise CheckpointError(
+            f"{folder.path}: FP8 was asked for, but no tensor would be quantized; "
+            f"modules_to_not_convert is {list((config or stored).modules_to_not_convert)}"
+        )
+    return Plan(items, family, config or stored, stored is not None)
+
+
+def _item(
+    folder: CheckpointFolder,
+    name: str,
+    slot: Slot,
+    config: QuantConfig | None,
+    stored: QuantConfig | None,
+    scale_name: str | None,
+) -> Item:
+    info = folder.info(name)
+    where = f"{folder.shard_of(name)}: tensor {name}"
+    if info.shape != slot.shape:
+        raise CheckpointError(
+            f"{where} has shape {list(info.shape)}; config.json asks for {list(slot.shape)}"
+        )
+    path = name.replace(".", "/")
+    if info.dtype in _FP8:
+        if stored is None or info.dtype != stored.fmt_dtype:
+            said = "no FP8" if stored is None else stored.fmt
+            raise CheckpointError(f"{where} is {info.dtype}, but config.json says {said}")
+        if scale_name is None:
+            raise CheckpointError(
+                f"{where} is FP8 and has no scales; looked for "
+                + ", ".join(_scale_candidates(name))
+            )
+        asked = config or stored
+        if config is not None and (entry := keeps_module(config, path.split("/"))):
+            raise CheckpointError(
+                f"{where} is FP8 already, but modules_to_not_convert has {entry!r}; "
+                "start from the BF16 checkpoint"
+            )
+        _check_scale(folder, name, scale_name, slot, stored)
+        return Item(name, slot, asked, scale_name, "FP8 in the checkpoint")
+    if info.dtype not in _PLAIN:
+        raise CheckpointError(f"{where} is {info.dtype}; allowed: BF16, F16, F32, or FP8")
+    if config is None or stored is not None:
+        reason = "not FP8 in the checkpoint" if stored else "no FP8 asked for"
+        return Item(name, slot, None, None, reason)
+    decision = decide(path, info.shape, info.dtype, config)
+    return Item(name, slot, decision.config, None, decision.reason)
+
+
+def _check_scale(
+    folder: CheckpointFolder, name: str, scale_name: str, slot: Slot, stored: QuantConfig
+) -> None:
+    from jaxquant.blocked import grid_shape
+
+    info = folder.info(scale_name)
+    where = f"{folder.shard_of(scale_name)}: tensor {scale_name}"
+    want = grid_shape(slot.shape, stored.weight_block_size)
+    if info.shape != want:
+        raise CheckpointError(
+            f"{where} has shape {list(info.shape)}; blocks of {stored.weight_block_size} of "
+            f"{name} {list(slot.shape)} ask for {list(want)}"
+        )
+    if info.dtype not in _PLAIN | {np.dtype(jnp.float8_e8m0fnu)}:
+        raise CheckpointError(f"{where} is {info.dtype}; allowed: F32, BF16, F16, F8_E8M0")
+
+
+def _scale_candidates(name: str) -> list[str]:
+    return [name + s for s in SCALE_SUFFIXES] + [name.removesuffix(".weight") + ".scale"]
+
+
+def _scale_names(names: Iterable[str], slots: Mapping[str, Any]) -> dict[str, str]:
+    present = set(names)
+    found = {}
+    for name in slots:
+        found |= {name: c for c in _scale_candidates(name)[::-1] if c in present}
+    return found
+
+
+def _check_names(folder: CheckpointFolder, slots: Mapping[str, Slot], scales: set[str]) -> None:
+    present = set(folder.names)
+    missing = [name for name in slots if name not in present]
+    if missing:
+        raise CheckpointError(f"{folder.path}: missing tensors: {_some(missing)}")
+    tied = set() if "lm_head.weight" in slots else {"lm_head.weight"}  # some store it twice
+    unexpected = sorted(
+        name for name in present - slots.keys() - scales - tied if not _IGNORED.search(name)
+    )
+    if unexpected:
+        raise CheckpointError(
+            f"{folder.path}: tensors that config.json's architecture does not have: "
+            + _some(unexpected)
+        )
+
+
+def _some(names: list[str], n: int = 4) -> str:
+    return ", ".join(names[:n]) + (f", ... ({len(names)} in all)" if len(names) > n else "")

@@ -1,0 +1,56 @@
+"""The reference: plain XLA, right on every backend, fused by the compiler as far as it goes."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32
+
+from jaxquant.array import QuantizedArray
+from jaxquant.blocked import ACTIVATION_GROUP, expand_blocks, quantize_activations
+
+
+def matmul(
+    x: Float[Array, "*batch K"], w: QuantizedArray, layer: Any, out_dtype: Any
+) -> Float[Array, "*batch N"]:
+    """`x @ w^T` with w dequantized to float32 on the way. See `jaxquant.matmul.matmul`."""
+    qvalue, scale = _take(w.qvalue, layer), _take(w.scale, layer)
+    if w.activation_scheme == "dynamic":
+        x = _fake_quantize(x)
+    weight = qvalue.astype(jnp.float32) * expand_blocks(scale, w.block_size, qvalue.shape)
+    return _dot_f32(x.astype(jnp.float32), weight).astype(out_dtype)
+
+
+def plain_matmul(
+    x: Float[Array, "*batch K"], w: Float[Array, "*L N K"], layer: Any, out_dtype: Any
+) -> Float[Array, "*batch N"]:
+    """`x @ w^T` for a weight that is not quantized, accumulated in float32."""
+    y = lax.dot_general(
+        x,
+        _take(w, layer),
+        (((x.ndim - 1,), (1,)), ((), ())),
+        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    return y.astype(out_dtype)
+
+
+def _fake_quantize(x: Float[Array, "*batch K"]) -> Float32[Array, "*batch K"]:
+    qvalue, scale = quantize_activations(x)
+    full = expand_blocks(
+        scale[..., None, :], (1, ACTIVATION_GROUP), (*x.shape[:-1], 1, x.shape[-1])
+    )
+    return qvalue.astype(jnp.float32) * full[..., 0, :]
+
+
+def _dot_f32(x: Float32[Array, "*batch K"], w: Float32[Array, "N K"]) -> Array:
+    if x.size == x.shape[-1]:
+        # One token: a product and a sum fuse with what makes w. A dot would write w out first.
+        y = jnp.sum(x.reshape(1, -1) * w, axis=-1)
+        return y.reshape(*x.shape[:-1], w.shape[0])
+    # The default precision of a float32 dot is TF32 or less on accelerators.
+    return lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+
+
+def _take(stack: Array, layer: Any) -> Array:
+    return stack if layer is None else lax.dynamic_index_in_dim(stack, layer, keepdims=False)

@@ -1,0 +1,221 @@
+"""Rules that pick what becomes FP8, and `quantize_tree`, which applies them to a pytree."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant import blocked
+from jaxquant.array import QuantizedArray, nbytes
+from jaxquant.config import QuantConfig, keeps_module
+from jaxquant.errors import JaxquantError
+from jaxquant.report import QuantReport, TensorReport
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What to do with the parameters whose '/'-joined path the pattern matches.
+
+    Attributes:
+      pattern: a regular expression, matched with `re.search`.
+      config: a config of its own for what matches; default the call's.
+      skip: leave what matches as it is.
+      transposed: whether the parameter is `[..., in, out]`; default: exactly those named `kernel`,
+        as in Flax. Everything else is taken for `[..., out, in]`.
+    """
+
+    pattern: str
+    config: QuantConfig | None = None
+    skip: bool = False
+    transposed: bool | None = None
+
+    def __post_init__(self):
+        try:
+            re.compile(self.pattern)
+        except (re.error, TypeError) as e:
+            raise JaxquantError(f"rule {self.pattern!r} is no regular expression: {e}") from None
+
+
+# Right for Hugging Face names and for Flax ones. First match wins.
+DEFAULT_RULES = (
+    Rule(r"(^|/)\w*embed\w*(/|$)|(^|/)(wte|wpe|lm_head|head|logits\w*)(/|$)", skip=True),
+    Rule(r"(^|/)\w*norm\w*(/|$)|(^|/)ln(_\w+)?(/|$)", skip=True),
+    Rule(r"(^|/)(gate|router|shared_expert_gate)(/|$)", skip=True),
+    Rule(r"(^|/)(vision\w*|visual|patch\w*)(/|$)", skip=True),
+    Rule(r"(^|/)(\w+_proj|wqkv|w[123oqkv])(/(weight|kernel))?$"),
+    Rule(r"(^|/)(weight|kernel)$"),
+)
+# The last default says nothing of the layout: a third axis may be layers, heads or a window.
+_MATRIX_ONLY = DEFAULT_RULES[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What becomes of one parameter: `config` is None if it is kept."""
+
+    config: QuantConfig | None
+    transposed: bool
+    reason: str
+    rule: Rule | None
+
+
+def decide(
+    path: str,
+    shape: Sequence[int],
+    dtype: Any,
+    config: QuantConfig,
+    rules: Iterable[Rule] = DEFAULT_RULES,
+) -> Decision:
+    """Whether the parameter at a '/'-joined path becomes FP8, and why (not)."""
+    rule = next((r for r in rules if re.search(r.pattern, path)), None)
+
+    def keep(reason: str) -> Decision:
+        return Decision(None, False, reason, rule)
+
+    if len(shape) < 2:
+        return keep(f"{len(shape)}-D")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return keep(f"dtype {dtype}")
+    if entry := keeps_module(config, path.split("/")):
+        return keep(f"modules_to_not_convert: {entry}")
+    if rule is None:
+        return keep("no rule matches")
+    if rule.skip:
+        return keep(f"rule {rule.pattern}")
+    if rule is _MATRIX_ONLY and len(shape) > 2:
+        return keep(f"{len(shape)}-D: a rule must say that the last two axes are a matrix")
+    transposed = path.rsplit("/", 1)[-1] == "kernel" if rule.transposed is None else rule.transposed
+    return Decision(rule.config or config, transposed, f"rule {rule.pattern}", rule)
+
+
+def quantize_tree(
+    params: Any,
+    config: QuantConfig | None = None,
+    rules: Sequence[Rule | str] | None = None,
+) -> tuple[Any, QuantReport]:
+    """Quantizes the projections of a parameter tree: linen dicts, nnx.State, any pytree.
+
+    Args:
+      params: the tree. Leaves that are QuantizedArrays already stay as they are.
+      config: default `QuantConfig()`; its `modules_to_not_convert` are honoured.
+      rules: regular expressions or Rules on '/'-joined paths, first match wins, what none matches
+        is kept. Default: the projections of attention and MLP; never embeddings, heads, norms,
+        biases or router gates.
+
+    Returns:
+      The tree with QuantizedArrays in place of what was picked, and a QuantReport.
+
+    Raises:
+      JaxquantError: a rule that matches nothing; nothing to quantize; NaN or Inf in a parameter
+        that is quantized; a QuantizedArray of another config.
+
+    >>> params = {"mlp": {"kernel": jnp.ones((256, 512)), "bias": jnp.ones((512,))}}
+    >>> qparams, report = quantize_tree(params)
+    >>> qparams["mlp"]["kernel"].shape
+    (256, 512)
+    """
+    config = config or QuantConfig()
+    ruleset = DEFAULT_RULES if rules is None else tuple(map(_as_rule, rules))
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_quantized)
+    paths = [path_name(path) for path, _ in leaves]
+    new, entries, errors, matched = [], [], [], set()
+    for path, (_, leaf) in zip(paths, leaves, strict=True):
+        if not hasattr(leaf, "shape"):
+            raise JaxquantError(f"{path}: {type(leaf).__name__}; allowed: arrays")
+        decision = decide(path, leaf.shape, leaf.dtype, config, ruleset)
+        matched.add(decision.rule)
+        result, error, reason = leaf, None, decision.reason
+        if _is_quantized(leaf):
+            reason = "already FP8"
+            if decision.config is not None:
+                _check_same_config(path, leaf, decision.config)
+        elif decision.config is not None:
+            result, error = _quantize_measured(leaf, decision.config, decision.transposed)
+        new.append(result)
+        errors.append(error)
+        entries.append(
+            TensorReport(
+                path, tuple(leaf.shape), _is_quantized(result), reason, nbytes(leaf), nbytes(result)
+            )
+        )
+    if rules is not None:
+        _check_all_used(ruleset, matched, paths)
+    if not any(_is_quantized(leaf) for leaf in new):
+        raise JaxquantError(
+            "quantize_tree: FP8 was asked for and no parameter was quantized; say which with "
+            f"rules=[...]. The paths are: {_some(paths)}"
+        )
+    measured = jax.device_get(errors)  # one wait for all
+    for path, leaf, error in zip(paths, new, measured, strict=True):
+        if error is not None and not np.isfinite(error):
+            blocked.check_finite(leaf, path)
+    report = QuantReport(
+        tuple(
+            dataclasses.replace(entry, relative_error=None if error is None else float(error))
+            for entry, error in zip(entries, measured, strict=True)
+        )
+    )
+    return jax.tree_util.tree_unflatten(treedef, new), report
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A pytree path as '/'-joined names; the box around a Flax parameter adds none."""
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantize_measured(
+    w: jax.Array, config: QuantConfig, transposed: bool
+) -> tuple[QuantizedArray, jax.Array]:
+    qa = blocked.quantize(w.mT if transposed else w, config)
+    qa = dataclasses.replace(qa, transposed=transposed)
+    return qa, relative_error(w, qa)
+
+
+def relative_error(w: jax.Array, qa: QuantizedArray) -> jax.Array:
+    """`||w - dequantize(qa)|| / ||w||` (Frobenius), a float32 scalar; 0 if both are zero."""
+    unit = jnp.max(qa.scale)  # squares of large weights would overflow, those of small ones vanish
+    w = w.astype(jnp.float32) / unit
+    error = jnp.linalg.norm((w - qa.dequantize(jnp.float32) / unit).ravel())
+    norm = jnp.linalg.norm(w.ravel())
+    return jnp.where(norm == 0, error, error / norm)
+
+
+def _is_quantized(x: Any) -> bool:
+    return isinstance(x, QuantizedArray)
+
+
+def _as_rule(rule: Rule | str) -> Rule:
+    return rule if isinstance(rule, Rule) else Rule(rule)
+
+
+def _check_same_config(path: str, qa: QuantizedArray, config: QuantConfig) -> None:
+    same = (
+        qa.block_size == config.weight_block_size and jnp.dtype(qa.qvalue.dtype) == config.fmt_dtype
+    )
+    if not same:
+        raise JaxquantError(
+            f"{path} is FP8 already ({qa!r}), but {config.describe()} was asked for; "
+            "quantize the original weights instead"
+        )
+
+
+def _check_all_used(rules: Iterable[Rule], matched: set, paths: Sequence[str]) -> None:
+    for rule in rules:
+        if rule not in matched:
+            raise JaxquantError(
+                f"rule {rule.pattern!r} matches no parameter that no rule before it matches; "
+                f"the paths are: {_some(paths)}"
+            )
+
+
+def _some(paths: Sequence[str], n: int = 6) -> str:
+    more = f", ... ({len(paths)} in all)" if len(paths) > n else ""
+    return ", ".join(paths[:n]) + more
