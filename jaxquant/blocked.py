@@ -165,6 +165,38 @@ def expand_blocks(scale: Array, block_size: tuple[int, int], shape: tuple[int, .
     return full.reshape(*lead, no * bo, ni * bi)[..., : shape[-2], : shape[-1]]
 
 
+def take_layer(stack: Array, layer: Any) -> Array:
+    """`stack[layer]` of FP8 values, moved as bytes.
+
+    XLA:CPU moves float8 by way of float16, and all of the stack for one layer of it.
+    """
+    layer_bytes = lax.dynamic_index_in_dim(_bytes(stack), layer, keepdims=False)
+    return lax.bitcast_convert_type(layer_bytes, stack.dtype)
+
+
+def put_layer(stack: Array, value: Array, layer: Any) -> Array:
+    """The stack with `stack[layer] = value`, FP8 moved as bytes; in place if donated."""
+    new = lax.dynamic_update_index_in_dim(_bytes(stack), _bytes(value), layer, 0)
+    return lax.bitcast_convert_type(new, stack.dtype)
+
+
+def _bytes(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.itemsize == 1 else x
+
+
+def e4m3_to_float32(qvalue: Array) -> Array:
+    """Widens float8_e4m3fn by its bits, which XLA:CPU vectorizes, unlike its own conversion.
+
+    With exponent e and mantissa m, the value is 2^(e - 7) * (1 + m / 8), or m * 2^-9 if e = 0.
+    """
+    bits = _bytes(qvalue).astype(jnp.uint32)
+    magnitude = bits & 0x7F
+    normal = lax.bitcast_convert_type((magnitude + ((127 - 7) << 3)) << 20, jnp.float32)
+    value = jnp.where(magnitude < 8, magnitude.astype(jnp.float32) * 2.0**-9, normal)
+    value = jnp.where(magnitude == 0x7F, jnp.nan, value)
+    return jnp.where(bits < 0x80, value, -value)
+
+
 def _ieee_divide(a: Array, b: Array) -> Array:
     """a / b, correctly rounded, for finite b.
 

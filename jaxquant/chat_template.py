@@ -23,10 +23,11 @@ from jinja2.visitor import NodeTransformer
 
 from .errors import JaxquantError
 
-# One render may make this many characters in all; a loop step or a call counts as _STEP of them.
+# One render may make this many characters in all; a step and a call count as so many of them.
 # A million-token conversation stays far below; an endless template stops within seconds.
 _BUDGET = 100_000_000
-_STEP = 10
+_STEP = 20
+_CALL = 200
 # The most characters that one multiplying operation (replace, a width) might make.
 _LARGEST = 1_000_000_000
 # Operations that write out whole containers, whose text can be far longer than they are.
@@ -247,6 +248,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
         owner = getattr(method, "__self__", None)
+        __self.spend(_CALL)
         __self._check(getattr(method, "__name__", ""), (owner, *args, *kwargs.values()))
         return __self._spend_on(super().call(__context, __obj, *args, **kwargs))
 
@@ -296,12 +298,12 @@ def _size(value: Any) -> int:
 
 
 def _text_size(value: Any) -> int:
-    """About how many characters `value` has written out; counts no further than the budget."""
+    """About what it costs to write `value` out; counts no further than the budget."""
     size = 0
     stack = [value]
     while stack and size <= _BUDGET:
         item = stack.pop()
-        size += max(1, len(item)) if isinstance(item, str | list | tuple | dict) else 1
+        size += len(item) if isinstance(item, str) else _STEP
         if isinstance(item, dict):
             stack.extend(item)
             stack.extend(item.values())
@@ -355,8 +357,8 @@ class _Namespace(Namespace):
         Namespace.__init__(self, attributes)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._check_name(name)
-        super().__setitem__(name, value)
+        _Namespace._check_name(name)  # attributes of `self` are the template's
+        Namespace.__setitem__(self, name, value)
 
     @staticmethod
     def _check_name(name: Any) -> None:

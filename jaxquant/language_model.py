@@ -12,6 +12,7 @@ from jaxtyping import Array, Float32, Int
 
 from jaxquant import generation
 from jaxquant.array import QuantizedArray, nbytes
+from jaxquant.checkpoint import export
 from jaxquant.checkpoint.folder import CheckpointFolder
 from jaxquant.checkpoint.hub import resolve
 from jaxquant.checkpoint.loader import load
@@ -90,6 +91,26 @@ class LanguageModel:
         ids = self.generation_config.get("eos_token_id", self.hf_config.get("eos_token_id"))
         return tuple(ids) if isinstance(ids, list) else () if ids is None else (int(ids),)
 
+    def save_pretrained(self, directory: str | os.PathLike, *, overwrite: bool = False) -> Path:
+        """Writes the model as a checkpoint that transformers, vLLM and SGLang load.
+
+        Tokenizer files and generation_config.json come along. The folder appears whole or not at
+        all.
+
+        Raises:
+          CheckpointError: the folder exists (unless `overwrite`), or the disk is full.
+        """
+        with CheckpointFolder(self.path) as folder:
+            files = folder.other_files()
+        return export.save_model(
+            self.module,
+            self.hf_config,
+            self.quant_config,
+            Path(directory),
+            files,
+            overwrite=overwrite,
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes of all parameters, scales included."""
@@ -136,6 +157,18 @@ def from_pretrained(
         return LanguageModel(
             module, path, folder.config, folder.generation_config, plan.config, report
         )
+
+
+def save_pretrained(
+    model_or_params: Any, directory: str | os.PathLike, *, overwrite: bool = False
+) -> Path:
+    """Writes a LanguageModel as a Hugging Face checkpoint, or any parameter tree as safetensors.
+
+    See `LanguageModel.save_pretrained` and `jaxquant.checkpoint.export.save_params`.
+    """
+    if isinstance(model_or_params, LanguageModel):
+        return model_or_params.save_pretrained(directory, overwrite=overwrite)
+    return export.save_params(model_or_params, Path(directory), overwrite=overwrite)
 
 
 @jax.jit

@@ -157,7 +157,9 @@ class TextStream:
     """Turns token ids into text as they come.
 
     The pieces that `push` and `finish` return add up to `tokenizer.decode` of all ids, exactly.
-    The work per token does not grow with the text.
+    The work per token does not grow with the text. Text waits while a character is incomplete, and
+    with byte fallback (Llama 2, Gemma) until a run of byte tokens has ended, since `decode` judges
+    the run as a whole.
     """
 
     # Tokens wait until the text at their end is certain. Then they are decoded behind the last
@@ -294,32 +296,33 @@ def _add_special_tokens(
     backend: tokenizers.Tokenizer, config: dict[str, Any], folder: Path
 ) -> dict[str, str]:
     """The special tokens by name; tokens that tokenizer.json lacks are added to `backend`."""
-    path = folder / "tokenizer_config.json"
+    path, older_path = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
     listed = config.get("added_tokens_decoder")
-    if listed is None:  # how transformers tells a checkpoint that still needs the older file
-        path = folder / "special_tokens_map.json"
-        config = config | _read_json(path)
+    # How transformers tells a checkpoint that still needs the older file.
+    older = _read_json(older_path) if listed is None else {}
+    places = dict.fromkeys(config, path) | dict.fromkeys(older, older_path)
+    config = config | older
     listed = {} if listed is None else listed
     if not isinstance(listed, dict) or not all(key.isdecimal() for key in listed):
         raise CheckpointError(
             f"{path}: 'added_tokens_decoder': got {str(listed)[:80]}; it maps token ids to tokens"
         )
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    extra_place = f"{places.get('extra_special_tokens', path)}: 'extra_special_tokens'"
     if not isinstance(extra, list | dict):
-        raise CheckpointError(
-            f"{path}: 'extra_special_tokens': got {extra!r}; it is a list or a dict of tokens"
-        )
+        raise CheckpointError(f"{extra_place}: got {extra!r}; it is a list or a dict of tokens")
     named = {
         name: value
         for name, value in config.items()
-        if name in _NAMED or (name.endswith("_token") and isinstance(value, str | dict))
+        if name in _NAMED
+        or (name.endswith("_token") and (isinstance(value, str) or _has_content(value)))
     }
     if isinstance(extra, dict):
         named |= extra
         extra = []
 
-    added = backend.get_added_tokens_decoder().values()
-    known = {repr(token) for token in added}  # the flags too: the config's go before the file's
+    # By their flags too: those of the config go before those of tokenizer.json.
+    known = {repr(token) for token in backend.get_added_tokens_decoder().values()}
     tokens = [
         _added_token(listed[key], f"{path}: 'added_tokens_decoder'[{key!r}]")
         for key in sorted(listed, key=int)
@@ -327,11 +330,11 @@ def _add_special_tokens(
     backend.add_tokens([token for token in tokens if repr(token) not in known])
 
     special = {
-        name: _added_token(value, f"{path}: {name!r}", special=True)
+        name: _added_token(value, f"{places.get(name, path)}: {name!r}", special=True)
         for name, value in named.items()
         if value is not None
     }
-    others = [_added_token(v, f"{path}: 'extra_special_tokens'", special=True) for v in extra]
+    others = [_added_token(value, extra_place, special=True) for value in extra]
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     backend.add_tokens([t for t in (*special.values(), *others) if t.content not in known])
     return {name: token.content for name, token in special.items()}
@@ -340,13 +343,18 @@ def _add_special_tokens(
 def _added_token(value: Any, where: str, **flags: bool) -> AddedToken:
     """A token as the configs write it, its text or a dict with its text and flags."""
     fields = {"content": value} if isinstance(value, str) else value
-    if not isinstance(fields, dict) or not isinstance(fields.get("content"), str):
+    if not _has_content(fields):
         raise CheckpointError(f"{where}: got {value!r}; it is a string or a dict with 'content'")
-    fields = {key: fields[key] for key in _TOKEN_FIELDS if key in fields} | flags
+    known: dict[str, Any] = {key: fields[key] for key in _TOKEN_FIELDS if key in fields}
+    known.update(flags)
     try:
-        return AddedToken(**fields)
+        return AddedToken(**known)
     except TypeError as error:
         raise CheckpointError(f"{where}: {error}") from error
+
+
+def _has_content(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("content"), str)
 
 
 def _read_chat_templates(config: dict[str, Any], folder: Path) -> dict[str, ChatTemplate]:

@@ -27,12 +27,14 @@ class Rule:
       skip: leave what matches as it is.
       transposed: whether the parameter is `[..., in, out]`; default: exactly those named `kernel`,
         as in Flax. Everything else is taken for `[..., out, in]`.
+      note: what reports give as the reason; default: the pattern.
     """
 
     pattern: str
     config: QuantConfig | None = None
     skip: bool = False
     transposed: bool | None = None
+    note: str = ""
 
     def __post_init__(self):
         try:
@@ -40,15 +42,21 @@ class Rule:
         except (re.error, TypeError) as e:
             raise JaxquantError(f"rule {self.pattern!r} is no regular expression: {e}") from None
 
+    @property
+    def reason(self) -> str:
+        """For reports."""
+        return self.note or f"rule {self.pattern}"
+
 
 # Right for Hugging Face names and for Flax ones. First match wins.
 DEFAULT_RULES = (
-    Rule(r"(^|/)\w*embed\w*(/|$)|(^|/)(wte|wpe|lm_head|head|logits\w*)(/|$)", skip=True),
-    Rule(r"(^|/)\w*norm\w*(/|$)|(^|/)ln(_\w+)?(/|$)", skip=True),
-    Rule(r"(^|/)(gate|router|shared_expert_gate)(/|$)", skip=True),
-    Rule(r"(^|/)(vision\w*|visual|patch\w*)(/|$)", skip=True),
-    Rule(r"(^|/)(\w+_proj|wqkv|w[123oqkv])(/(weight|kernel))?$"),
-    Rule(r"(^|/)(weight|kernel)$"),
+    Rule(r"(^|/)\w*embed\w*(/|$)|(^|/)(wte|wpe)(/|$)", skip=True, note="embedding"),
+    Rule(r"(^|/)(lm_head|head|logits\w*)(/|$)", skip=True, note="head"),
+    Rule(r"(^|/)\w*norm\w*(/|$)|(^|/)ln(_\w+)?(/|$)", skip=True, note="norm"),
+    Rule(r"(^|/)(gate|router|shared_expert_gate)(/|$)", skip=True, note="router gate"),
+    Rule(r"(^|/)(vision\w*|visual|patch\w*)(/|$)", skip=True, note="vision"),
+    Rule(r"(^|/)(\w+_proj|wqkv|w[123oqkv])(/(weight|kernel))?$", note="projection"),
+    Rule(r"(^|/)(weight|kernel)$", note="matrix"),
 )
 # The last default says nothing of the layout: a third axis may be layers, heads or a window.
 _MATRIX_ONLY = DEFAULT_RULES[-1]
@@ -86,11 +94,11 @@ def decide(
     if rule is None:
         return keep("no rule matches")
     if rule.skip:
-        return keep(f"rule {rule.pattern}")
+        return keep(rule.reason)
     if rule is _MATRIX_ONLY and len(shape) > 2:
         return keep(f"{len(shape)}-D: a rule must say that the last two axes are a matrix")
     transposed = path.rsplit("/", 1)[-1] == "kernel" if rule.transposed is None else rule.transposed
-    return Decision(rule.config or config, transposed, f"rule {rule.pattern}", rule)
+    return Decision(rule.config or config, transposed, rule.reason, rule)
 
 
 def quantize_tree(

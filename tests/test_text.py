@@ -1,5 +1,6 @@
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -32,14 +33,14 @@ GOLDEN = json.loads(
 SENTENCES = [
     "Hello world, how are you today?  Two spaces.",
     "The quick brown fox jumps over the lazy dog.\n\nNew paragraph.",
-    "你好，世界。 Grüße aus Zürich, 21 °C.",
+    "你好、世界。 Grüße aus Zürich, 21 °C.",
     "def f(x):\n    return x + 1\n",
 ] * 4
 TEXTS = [
     "",
     " leading and trailing ",
     "Hello   world\n\n\ttabs",
-    "你好，世界 — Grüße, Ünïcödé",
+    "你好、世界 — Grüße, Ünïcödé",
     "👩‍🚀 family 👨‍👩‍👧‍👦 flags 🇨🇭🇯🇵 skin 👍🏽",
     "عربى हिन्दी ไทย 日本語 한국어",
     "a replacement character � in the middle and at the end �",
@@ -105,6 +106,7 @@ BACKENDS = {
     ),
     "metaspace": llama(decoders.Metaspace()),
 }
+SIZE = BACKENDS["byte_level"].get_vocab_size()
 TOKENIZERS = {name: Tokenizer(backend) for name, backend in BACKENDS.items()}
 every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 
@@ -149,7 +151,7 @@ class TestTokenizer:
     @pytest.mark.parametrize("bad", [-1, 2**40])
     def test_decode_names_an_impossible_id(self, bad):
         tokenizer = TOKENIZERS["byte_level"]
-        with pytest.raises(JaxquantError, match=rf"token id {bad}: ids lie in \[0, 401\)"):
+        with pytest.raises(JaxquantError, match=rf"token id {bad}: ids lie in \[0, {SIZE}\)"):
             tokenizer.decode([1, bad])
 
     def test_encode_refuses_what_is_no_text(self):
@@ -192,14 +194,14 @@ class TestFromFolder:
         assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
         assert tokenizer.pad_token_id is None
         assert tokenizer.special_tokens["image_token"] == "<image>"
-        assert tokenizer.vocab_size == 402
-        assert tokenizer.encode("<image>") == [401]
+        assert tokenizer.vocab_size == SIZE + 1
+        assert tokenizer.encode("<image>") == [SIZE]
         assert tokenizer.encode("a")[0] != 1
         assert not tokenizer.has_chat_template
 
     def test_no_config_files(self, tmp_path):
         tokenizer = Tokenizer.from_folder(str(write_checkpoint(tmp_path, byte_level())))
-        assert tokenizer.vocab_size == 401
+        assert tokenizer.vocab_size == SIZE
         assert tokenizer.eos_token_id is None
 
     def test_special_tokens_map_counts_without_added_tokens_decoder(self, tmp_path):
@@ -212,7 +214,7 @@ class TestFromFolder:
         )
         tokenizer = Tokenizer.from_folder(tmp_path)
         assert tokenizer.eos_token_id == 0
-        assert tokenizer.encode("<extra>") == [401]
+        assert tokenizer.encode("<extra>") == [SIZE]
         listed = {"2": {"content": "<|im_end|>", "special": True}}
         write_checkpoint(
             tmp_path, tokenizer_config={"eos_token": "<|im_end|>", "added_tokens_decoder": listed}
@@ -221,18 +223,18 @@ class TestFromFolder:
 
     def test_added_tokens_decoder_completes_and_overrides_tokenizer_json(self, tmp_path):
         listed = {
-            "401": {"content": "<tool>", "special": True},
-            "400": {"content": "<think>", "special": True, "normalized": False},
+            f"{SIZE}": {"content": "<tool>", "special": True},
+            f"{SIZE - 1}": {"content": "<think>", "special": True, "normalized": False},
         }
         write_checkpoint(tmp_path, byte_level(), tokenizer_config={"added_tokens_decoder": listed})
         tokenizer = Tokenizer.from_folder(tmp_path)
-        assert tokenizer.encode("<think><tool>") == [400, 401]
-        assert tokenizer.decode([400, 401]) == ""
+        assert tokenizer.encode("<think><tool>") == [SIZE - 1, SIZE]
+        assert tokenizer.decode([SIZE - 1, SIZE]) == ""
 
     def test_an_eos_token_out_of_the_plain_vocabulary_becomes_special(self, tmp_path):
         write_checkpoint(tmp_path, byte_level(), tokenizer_config={"eos_token": "Ġ"})
         tokenizer = Tokenizer.from_folder(tmp_path)
-        assert tokenizer.vocab_size == 401
+        assert tokenizer.vocab_size == SIZE
         assert tokenizer.decode([tokenizer.eos_token_id]) == ""
 
     def test_missing_folder_and_file(self, tmp_path):
@@ -261,7 +263,10 @@ class TestFromFolder:
             (b'{"added_tokens_decoder": []}', "'added_tokens_decoder': got .*maps token ids"),
             (b'{"added_tokens_decoder": {"x": {}}}', "'added_tokens_decoder': got .*maps token"),
             (b'{"added_tokens_decoder": {"5": 1}}', r"'added_tokens_decoder'\['5'\]: got 1"),
-            (b'{"eos_token": {"content": "a", "lstrip": "b"}}', "'eos_token': argument 'lstrip'"),
+            (
+                b'{"eos_token": {"content": "a", "lstrip": 1}}',
+                r"config\.json: 'eos_token': .*[bB]ool",
+            ),
             (b'{"chat_template": 5}', "'chat_template': got a int; it is a Jinja template"),
             (b'{"chat_template": [5]}', r"'chat_template'\[0\]: got 5; an entry is a dict"),
         ]:
@@ -298,9 +303,7 @@ class TestFromFolder:
             tokenizer.apply_chat_template("hi")
 
     def test_encode_chat_leaves_the_special_tokens_to_the_template(self, tmp_path):
-        template = (
-            "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
-        )
+        template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
         config = {"bos_token": "<s>", "eos_token": "</s>"}
         write_checkpoint(tmp_path, llama(), tokenizer_config=config, chat_template=template)
         tokenizer = Tokenizer.from_folder(tmp_path)
@@ -371,7 +374,8 @@ class TestTextStream:
 
     def test_finish_shows_an_incomplete_character_as_decode_does(self):
         tokenizer = TOKENIZERS["llama"]
-        ids = [tokenizer.backend.token_to_id(t) for t in ("▁a", "<0xE4>", "<0xBD>")]
+        ids = tokenizer.encode("a")
+        ids += [tokenizer.backend.token_to_id(token) for token in ("<0xE4>", "<0xBD>")]
         stream = TextStream(tokenizer)
         assert stream.push(ids) == "a"
         assert stream.finish() == "\ufffd\ufffd"
@@ -434,7 +438,7 @@ class TestStopStrings:
 
     @pytest.mark.parametrize("bad", ["", [""], ["a", ""], [None]])
     def test_bad_stops(self, bad):
-        with pytest.raises(JaxquantError, match="stop string: got .*; it is a string, not empty"):
+        with pytest.raises(JaxquantError, match=r"stop string: got .*; it is a string, not empty"):
             StopStrings(bad)
 
     @given(
@@ -474,9 +478,9 @@ class TestChatTemplate:
         if "error" in case:
             with pytest.raises(JaxquantError) as raised:
                 template.render(messages, **extra)
-            assert str(raised.value).endswith(f", line 1: {case['error']}") or (
-                case["error"] in str(raised.value) and case["template"] == "mistral"
-            )
+            place, message = str(raised.value).split(": ", 1)
+            assert message == case["error"]
+            assert re.fullmatch(rf"chat template {case['template']}, line \d+", place)
         else:
             assert template.render(messages, **extra) == case["rendered"]
 
@@ -545,8 +549,9 @@ class TestChatTemplate:
             "{{ '' | attr('__class__') }}",
             "{{ ['']|map(attribute='__class__')|list }}",
             "{{ '{0.__class__}'.format(1) }}",
-            "{{ ('{0.__class__}'|string).format_map({'0': 1}) }}",
+            "{{ ('{a.__class__}'|string).format_map({'a': 1}) }}",
             "{{ ['{0.__class__}']|map('format')|list }}{{ ''.format.__globals__ }}",
+            "{{ ('{0.__class__}'|attr('format'))(1) }}",  # jinja2 before 3.1.6 lets this pass
             "{{ raise_exception.__globals__ }}",
             "{{ strftime_now.__code__ }}",
             "{{ self.__init__.__globals__ }}",
@@ -569,7 +574,7 @@ class TestChatTemplate:
             "{{ 'a' * 10**10 }}",
             "{% set n = 10**10 %}{{ n * 'a' }}",
             "{{ [0] * 10**10 }}",
-            "{{ 9 ** 9 ** 9 }}",
+            "{{ 9 ** 9 ** 9 ** 9 ** 9 }}",
             "{% for i in range(10**9) %}{% endfor %}",
             "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
             "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
@@ -606,11 +611,12 @@ class TestChatTemplate:
             "{{ f(90) }}",
         ],
     )
-    def test_endless_templates_and_memory_bombs_end_soon(self, template):
+    def test_endless_templates_and_memory_bombs_end_soon(self, template, monkeypatch):
+        monkeypatch.setattr(chat_template, "_BUDGET", chat_template._BUDGET // 10)
         began = time.perf_counter()
         with pytest.raises(JaxquantError, match=r"stopped: |Range too big|RecursionError"):
             render(template)
-        assert time.perf_counter() - began < 10
+        assert time.perf_counter() - began < 5
 
     def test_the_budget_is_one_render_s(self):
         template = ChatTemplate("{{ messages[0].content * 4 }}", "t")

@@ -99,6 +99,10 @@ class CheckpointFolder:
         """Return tensor `name` as a read-only view of its memory-mapped shard."""
         return self._file(self.shard_of(name)).read(name)
 
+    def release(self, name: str) -> None:
+        """Tell the kernel that the pages of tensor `name` are not needed soon."""
+        self._file(self.shard_of(name)).release(name)
+
     def other_files(self) -> list[Path]:
         """Return the files that an export carries over, sorted by name.
 

@@ -59,7 +59,6 @@ def _looks_like_path(name: str) -> bool:
 def _resolve_hub_id(hub_id: str, revision: str | None) -> Path:
     # Imported here: it is slow to import, and local folders do without.
     import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
     def snapshot(*, local_files_only: bool) -> Path:
         return Path(
@@ -76,7 +75,7 @@ def _resolve_hub_id(hub_id: str, revision: str | None) -> Path:
         cached = snapshot(local_files_only=True)
         if _missing(cached) is None:
             return cached
-    except LocalEntryNotFoundError:
+    except OSError:  # not in the cache, or not all of it
         pass
     except ValueError as error:  # the hub's own rules for ids
         raise CheckpointError(f"{hub_id!r}: not a hub id: {_first_line(error)}") from error

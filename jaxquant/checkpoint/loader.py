@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from tqdm.auto import tqdm
 
 from jaxquant import blocked
@@ -72,7 +71,7 @@ def load(
                     raise CheckpointError(
                         f"{folder.shard_of(item.name)}: tensor {item.name} holds NaN or Inf"
                     )
-                entries.append(_report(folder, item, dtype, error))
+                entries.append(tensor_report(folder, item, dtype, error))
                 folder.release(item.name)
                 bar.update(folder.info(item.name).nbytes)
     return model, QuantReport(tuple(entries))
@@ -145,9 +144,7 @@ def _store(
 ) -> tuple[Any, jax.Array, jax.Array | None]:
     value, finite, error = _convert(value, config, dtype)
     if stack is not None:
-        value = jax.tree.map(
-            lambda s, v: lax.dynamic_update_index_in_dim(s, v, index, 0), stack, value
-        )
+        value = jax.tree.map(lambda s, v: blocked.put_layer(s, v, index), stack, value)
     return value, finite, error
 
 
@@ -166,7 +163,10 @@ def _convert(
     return dataclasses.replace(qa, dtype=dtype), jnp.isfinite(qa.scale).all(), error
 
 
-def _report(folder: CheckpointFolder, item: Item, dtype: Any, error: Any) -> TensorReport:
+def tensor_report(
+    folder: CheckpointFolder, item: Item, dtype: np.dtype, error: Any
+) -> TensorReport:
+    """The report of one tensor; `dtype` is what it has if it is kept."""
     shape, before = item.slot.shape, folder.info(item.name).nbytes
     if item.config is None:
         after = math.prod(shape) * dtype.itemsize

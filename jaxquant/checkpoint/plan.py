@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.blocked import grid_shape
 from jaxquant.checkpoint.folder import CheckpointFolder
 from jaxquant.checkpoint.stored import SCALE_SUFFIXES, stored_quantization
 from jaxquant.config import QuantConfig, keeps_module
@@ -86,12 +87,13 @@ def make_plan(folder: CheckpointFolder, config: QuantConfig | None) -> Plan:
     items = tuple(
         _item(folder, name, slot, config, stored, scales.get(name)) for name, slot in slots.items()
     )
-    if (config or stored) and not any(item.config for item in items):
+    result = config or stored
+    if result is not None and not any(item.config for item in items):
         raise CheckpointError(
             f"{folder.path}: FP8 was asked for, but no tensor would be quantized; "
-            f"modules_to_not_convert is {list((config or stored).modules_to_not_convert)}"
+            f"modules_to_not_convert is {list(result.modules_to_not_convert)}"
         )
-    return Plan(items, family, config or stored, stored is not None)
+    return Plan(items, family, result, stored is not None)
 
 
 def _item(
@@ -138,8 +140,6 @@ def _item(
 def _check_scale(
     folder: CheckpointFolder, name: str, scale_name: str, slot: Slot, stored: QuantConfig
 ) -> None:
-    from jaxquant.blocked import grid_shape
-
     info = folder.info(scale_name)
     where = f"{folder.shard_of(scale_name)}: tensor {scale_name}"
     want = grid_shape(slot.shape, stored.weight_block_size)
@@ -160,7 +160,8 @@ def _scale_names(names: Iterable[str], slots: Mapping[str, Any]) -> dict[str, st
     present = set(names)
     found = {}
     for name in slots:
-        found |= {name: c for c in _scale_candidates(name)[::-1] if c in present}
+        if scale := next((c for c in _scale_candidates(name) if c in present), None):
+            found[name] = scale
     return found
 
 

@@ -111,6 +111,7 @@ class SafetensorsFile:
         }
         _check_text(self.path, [*self.tensors, *self.metadata, *self.metadata.values()])
         _check_layout(self.path, self.tensors, data_start, len(mapped))
+        self._map: mmap.mmap | None = mapped
         self._bytes: np.ndarray | None = np.frombuffer(mapped, np.uint8)
 
     def read(self, name: str) -> np.ndarray:
@@ -132,9 +133,19 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path}: tensor {brief(name)}: read after close()")
         return self._bytes[info.start : info.stop].view(info.dtype).reshape(info.shape)
 
+    def release(self, name: str) -> None:
+        """Tell the kernel that the pages of tensor `name` are not needed soon.
+
+        Views stay valid: a page that is touched again is read again.
+        """
+        info, page = self.tensors[name], mmap.PAGESIZE
+        start, stop = info.start // page * page, info.stop // page * page
+        if self._map is not None and stop > start and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
     def close(self) -> None:
         """Let go of the map; `tensors` and `metadata` stay."""
-        self._bytes = None
+        self._map = self._bytes = None
 
     def __enter__(self) -> Self:
         return self

@@ -57,6 +57,6 @@ def _compressed_tensors(fields: Mapping[str, Any]) -> QuantConfig:
     if activations is not None and not activations.get("dynamic"):
         raise ConfigError("config_groups.input_activations", activations, "null or dynamic")
     return QuantConfig(
-        weight_block_size=weights.get("block_structure"),
+        weight_block_size=weights.get("block_structure") or (0, 0),  # missing: refused
         activation_scheme=None if activations is None else "dynamic",
     )

@@ -2,7 +2,9 @@
 
 Everything is written into a hidden sibling, `.<name>.partial-<random>`, which takes the
 destination's place in one rename when it is complete. Whoever stops the process at whatever moment
-finds at the destination what was there before, or the whole new folder.
+finds at the destination what was there before, or the whole new folder. (Where the system cannot
+swap two folders in one step, replacing one takes two renames, and both folders exist whole under
+hidden names in between.)
 """
 
 import ctypes

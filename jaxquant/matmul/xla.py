@@ -2,22 +2,28 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from jaxquant.array import QuantizedArray
-from jaxquant.blocked import ACTIVATION_GROUP, expand_blocks, quantize_activations
+from jaxquant.blocked import (
+    ACTIVATION_GROUP,
+    e4m3_to_float32,
+    expand_blocks,
+    quantize_activations,
+    take_layer,
+)
 
 
 def matmul(
     x: Float[Array, "*batch K"], w: QuantizedArray, layer: Any, out_dtype: Any
 ) -> Float[Array, "*batch N"]:
     """`x @ w^T` with w dequantized to float32 on the way. See `jaxquant.matmul.matmul`."""
-    qvalue, scale = _take(w.qvalue, layer), _take(w.scale, layer)
     if w.activation_scheme == "dynamic":
         x = _fake_quantize(x)
-    weight = qvalue.astype(jnp.float32) * expand_blocks(scale, w.block_size, qvalue.shape)
+    weight = _dequantize_layer(w, layer)
     return _dot_f32(x.astype(jnp.float32), weight).astype(out_dtype)
 
 
@@ -27,7 +33,7 @@ def plain_matmul(
     """`x @ w^T` for a weight that is not quantized, accumulated in float32."""
     y = lax.dot_general(
         x,
-        _take(w, layer),
+        w if layer is None else lax.dynamic_index_in_dim(w, layer, keepdims=False),
         (((x.ndim - 1,), (1,)), ((), ())),
         precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
@@ -43,14 +49,26 @@ def _fake_quantize(x: Float[Array, "*batch K"]) -> Float32[Array, "*batch K"]:
     return qvalue.astype(jnp.float32) * full[..., 0, :]
 
 
+def _dequantize_layer(w: QuantizedArray, layer: Any) -> Float32[Array, "N K"]:
+    qvalue, scale = w.qvalue, w.scale
+    if layer is not None:
+        qvalue, scale = take_layer(qvalue, layer), take_layer(scale, layer)
+    by_bits = _on_cpu() and qvalue.dtype == jnp.float8_e4m3fn
+    wide = e4m3_to_float32(qvalue) if by_bits else qvalue.astype(jnp.float32)
+    return wide * expand_blocks(scale, w.block_size, qvalue.shape)
+
+
 def _dot_f32(x: Float32[Array, "*batch K"], w: Float32[Array, "N K"]) -> Array:
-    if x.size == x.shape[-1]:
-        # One token: a product and a sum fuse with what makes w. A dot would write w out first.
+    if x.size == x.shape[-1] and not _on_cpu():
+        # One token: a product and a sum fuse with what makes w, where a dot reads it from memory.
+        # On a CPU the dot fuses too, and is the faster one.
         y = jnp.sum(x.reshape(1, -1) * w, axis=-1)
         return y.reshape(*x.shape[:-1], w.shape[0])
     # The default precision of a float32 dot is TF32 or less on accelerators.
-    return lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+    return lax.dot_general(
+        x, w, (((x.ndim - 1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST
+    )
 
 
-def _take(stack: Array, layer: Any) -> Array:
-    return stack if layer is None else lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"

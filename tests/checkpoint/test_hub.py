@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -66,7 +67,7 @@ def network(monkeypatch, tmp_path):
     return hub
 
 
-def http_error(kind: type[Exception], message: str = "404 Client Error.\n\nmore") -> Exception:
+def http_error(kind: Any, message: str = "404 Client Error.\n\nmore") -> Exception:
     return kind(message, response=SimpleNamespace(headers={}, request=None, status_code=404))
 
 
@@ -97,16 +98,11 @@ def test_revision_of_a_local_folder_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["./org/name", "../x", "/no/where", "~/no-such-folder", "org\\name", "model.safetensors", "."],
+    "name", ["./org/name", "../x", "/no/where", "~/no-such-folder", "org\\name", "a.safetensors"]
 )
-def test_a_path_that_is_not_there(name, tmp_path, monkeypatch, network):
-    monkeypatch.setattr("os.path.isdir", lambda path: False)
-    if name == ".":
-        pytest.raises(CheckpointError, resolve, name).match(r"a file; give the folder")
-    else:
-        with pytest.raises(CheckpointError, match=r": no such folder$"):
-            resolve(name)
+def test_a_path_that_is_not_there(name, network):
+    with pytest.raises(CheckpointError, match=r": no such folder$"):
+        resolve(name)
     assert network.calls == []
 
 
@@ -188,7 +184,7 @@ def test_an_incomplete_snapshot_without_a_network(snapshot):
 
 def test_a_snapshot_that_lacks_a_license_will_do_without_a_network(snapshot, network):
     # What huggingface_hub 2 raises for it, and 1 does not know.
-    incomplete = type("IncompleteSnapshotError", (errors.LocalEntryNotFoundError,), {})
+    incomplete: Any = type("IncompleteSnapshotError", (errors.LocalEntryNotFoundError,), {})
     error = incomplete("a file is missing")
     error.snapshot_path = str(snapshot)
     network.answer = raiser(error)

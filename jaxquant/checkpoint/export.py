@@ -1,0 +1,257 @@
+"""Writing FP8 checkpoints: a BF16 one quantized as a stream, a loaded model, a parameter tree."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+
+from jaxquant import blocked
+from jaxquant.array import QuantizedArray
+from jaxquant.checkpoint.folder import CheckpointFolder
+from jaxquant.checkpoint.loader import tensor_report
+from jaxquant.checkpoint.plan import Item, Plan, make_plan
+from jaxquant.checkpoint.writer import DEFAULT_SHARD_BYTES, TensorSource, write_folder
+from jaxquant.config import QuantConfig
+from jaxquant.errors import CheckpointError, JaxquantError
+from jaxquant.models.hf_config import HFConfig
+from jaxquant.models.registry import Family, get_param
+from jaxquant.report import QuantReport, TensorReport
+from jaxquant.tree import path_name, relative_error
+
+_SCALE_SUFFIX = "_scale_inv"  # DeepSeek's name; the scale is a multiplier all the same
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    directory: str | Path,
+    config: QuantConfig | None = None,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> QuantReport:
+    """Quantizes a checkpoint on disk to blocked FP8, one tensor at a time.
+
+    The result holds the bytes that loading with the same config gives, and loads in transformers,
+    vLLM and SGLang. It appears whole or not at all.
+
+    Args:
+      source: a folder that is not quantized.
+      directory: the folder to write.
+      config: default `QuantConfig()`.
+      max_shard_bytes: per safetensors file.
+      overwrite: replace what is at `directory`.
+      progress: whether to show a bar; None shows it on a terminal.
+
+    Raises:
+      CheckpointError: a source that cannot be quantized, a full disk, NaN or Inf, by name.
+    """
+    config = config or QuantConfig()
+    with CheckpointFolder(source) as folder:
+        plan = make_plan(folder, config)
+        if plan.stored:
+            raise CheckpointError(f"{folder.path}: the checkpoint is FP8 already; copy it instead")
+        entries: list[TensorReport] = []
+        sources = [s for item in plan.items for s in _quantized_sources(folder, item, entries)]
+        sizes = {item.name: folder.info(item.name).nbytes for item in plan.items}
+        with tqdm(
+            total=sum(sizes.values()),
+            unit="B",
+            unit_scale=True,
+            desc=f"Quantizing {folder.path.name}",
+            disable=None if progress is None else not progress,
+            leave=False,
+        ) as bar:
+            write_folder(
+                directory,
+                sources,
+                config=_with_quantization(folder.config, config, plan_kept(plan)),
+                files=folder.other_files(),
+                max_shard_bytes=max_shard_bytes,
+                overwrite=overwrite,
+                on_tensor=lambda source: bar.update(sizes.get(source.name, 0)),
+            )
+    return QuantReport(tuple(entries))
+
+
+def save_model(
+    module: Any,
+    hf_config: Mapping[str, Any],
+    config: QuantConfig | None,
+    directory: str | Path,
+    files: Iterable[Path] = (),
+    **options: Any,
+) -> Path:
+    """Writes a loaded model as a Hugging Face checkpoint, FP8 where it is FP8.
+
+    Args:
+      module: the family's model.
+      hf_config: its config.json.
+      config: how it is quantized, or None.
+      directory: the folder to write.
+      files: tokenizer files and such, copied in.
+      **options: of `write_folder`: `max_shard_bytes`, `overwrite`.
+    """
+    family = Family(HFConfig(hf_config))
+    starts = np.cumsum([0, *(stack.count for stack in module.layers)])
+    sources, kept = [], []
+    for name, slot in family.slots().items():
+        path, index = slot.path, None
+        if slot.layer is not None:
+            segment = int(np.searchsorted(starts, slot.layer, side="right")) - 1
+            path, index = f"layers/{segment}/{slot.path}", slot.layer - int(starts[segment])
+        value = get_param(module, path).get_value()
+        sources += _array_sources(name, value, index)
+        if not isinstance(value, QuantizedArray) and _is_linear(name, slot.shape):
+            kept.append(name.removesuffix(".weight"))
+    dtype = jnp.dtype(module.embed_tokens.weight.get_value().dtype).name
+    hf_config = {k: v for k, v in hf_config.items() if k not in ("torch_dtype", "dtype")}
+    hf_config = {**hf_config, "torch_dtype": dtype}
+    if config is None:
+        hf_config.pop("quantization_config", None)
+    else:
+        hf_config = _with_quantization(hf_config, config, kept)
+    return write_folder(directory, sources, config=hf_config, files=files, **options)
+
+
+def save_params(params: Any, directory: str | Path, **options: Any) -> Path:
+    """Writes a parameter tree as safetensors, names joined with '.'.
+
+    A QuantizedArray at `X` becomes `X` and `X_scale_inv`, K-major; the name of a transposed one
+    ends in `weight` instead of `kernel`, since `[out, in]` is what that means elsewhere.
+
+    Raises:
+      JaxquantError: QuantizedArrays of different configs.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda x: isinstance(x, QuantizedArray)
+    )
+    sources, configs, kept = [], {}, []
+    for path, leaf in leaves:
+        name = path_name(path).replace("/", ".")
+        if isinstance(leaf, QuantizedArray):
+            if leaf.transposed:
+                name = re.sub(r"(^|\.)kernel$", r"\1weight", name)
+            configs[_config_of(leaf)] = name
+        elif leaf.ndim >= 2:
+            kept.append(re.sub(r"\.(weight|kernel)$", "", name))
+        sources += _array_sources(name, leaf, None)
+    if len(configs) > 1:
+        which = "; ".join(f"{name}: {c.describe()}" for c, name in configs.items())
+        raise JaxquantError(f"one checkpoint has one quantization config, but: {which}")
+    config = {}
+    for quantization in configs:
+        config = _with_quantization({}, quantization, kept)
+    return write_folder(directory, sources, config=config, **options)
+
+
+def _quantized_sources(
+    folder: CheckpointFolder, item: Item, entries: list[TensorReport]
+) -> Iterator[TensorSource]:
+    info = folder.info(item.name)
+
+    def done(error: float | None) -> None:
+        entries.append(tensor_report(folder, item, info.dtype, error))
+        folder.release(item.name)
+
+    if item.config is None:
+
+        def read_plain() -> np.ndarray:
+            w = folder.read(item.name)
+            _check_finite(folder, item, bool(_is_finite(w)))
+            done(None)
+            return w
+
+        yield TensorSource(item.name, info.dtype, info.shape, read_plain)
+        return
+    config = item.config.numerics()
+    scales: list[np.ndarray] = []
+
+    def read_qvalue() -> np.ndarray:
+        qa, error = _quantize(folder.read(item.name), config)
+        scales.append(np.asarray(qa.scale))
+        _check_finite(folder, item, bool(np.isfinite(scales[0]).all()))
+        done(float(error))
+        return np.asarray(qa.qvalue)
+
+    yield TensorSource(item.name, config.fmt_dtype, info.shape, read_qvalue)
+    grid = blocked.grid_shape(info.shape, config.weight_block_size)
+    yield TensorSource(item.name + _SCALE_SUFFIX, np.dtype(np.float32), grid, scales.pop)
+
+
+def _array_sources(name: str, value: Any, index: int | None) -> Iterator[TensorSource]:
+    def source(name: str, array: Any) -> TensorSource:
+        shape = array.shape if index is None else array.shape[1:]
+
+        def read() -> np.ndarray:
+            return np.asarray(array if index is None else _take_layer(array, index))
+
+        return TensorSource(name, np.dtype(array.dtype), tuple(shape), read)
+
+    if isinstance(value, QuantizedArray):
+        yield source(name, value.qvalue)
+        yield source(name + _SCALE_SUFFIX, value.scale)
+    else:
+        yield source(name, value)
+
+
+_take_layer = jax.jit(blocked.take_layer)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _quantize(w: jax.Array, config: QuantConfig) -> tuple[QuantizedArray, jax.Array]:
+    qa = blocked.quantize(w, config)
+    return qa, relative_error(w, qa)
+
+
+@jax.jit
+def _is_finite(w: jax.Array) -> jax.Array:
+    return jnp.isfinite(w).all()
+
+
+def _check_finite(folder: CheckpointFolder, item: Item, finite: bool) -> None:
+    if not finite:
+        raise CheckpointError(f"{folder.shard_of(item.name)}: tensor {item.name} holds NaN or Inf")
+
+
+def plan_kept(plan: Plan) -> list[str]:
+    """Full paths of the linear modules that a plan leaves unquantized."""
+    return [
+        item.name.removesuffix(".weight")
+        for item in plan.items
+        if item.config is None and _is_linear(item.name, item.slot.shape)
+    ]
+
+
+def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and name.endswith(".weight") and "embed" not in name
+
+
+def _with_quantization(
+    hf_config: Mapping[str, Any], config: QuantConfig, kept: Iterable[str]
+) -> dict[str, Any]:
+    config = dataclasses.replace(
+        config,
+        # What runs the checkpoint decides on weight-only; other readers know "dynamic" alone.
+        activation_scheme="dynamic",
+        # A tied head has no tensor, but readers make a linear module of it.
+        modules_to_not_convert=tuple(dict.fromkeys(["lm_head", *kept])),
+    )
+    return {**hf_config, "quantization_config": config.to_dict()}
+
+
+def _config_of(qa: QuantizedArray) -> QuantConfig:
+    fmt = "e5m2" if qa.qvalue.dtype == jnp.float8_e5m2 else "e4m3"
+    mantissa, _ = np.frexp(np.asarray(qa.scale))
+    return QuantConfig(
+        fmt=fmt,
+        weight_block_size=qa.block_size,
+        scale_fmt="ue8m0" if (mantissa == 0.5).all() else None,
+    )

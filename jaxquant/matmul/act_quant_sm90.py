@@ -1,0 +1,80 @@
+"""Quantizing activations on Hopper in one pass: each value is read once, from GMEM to SMEM."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32
+
+from jaxquant.blocked import ACTIVATION_AMAX_FLOOR
+from jaxquant.matmul.sm90 import K_BLOCK, OPERAND_TRANSFORMS, cdiv
+
+_TILE_M = 64
+_MAX_BLOCKS = 4  # K blocks of one thread block
+_FMAX = 448.0
+
+
+def quantize_activations(
+    x: Float[Array, "M K"], rows: int, scale_rows: int
+) -> tuple[Float[Array, "rows K"], Float32[Array, "K/128 scale_rows"]]:
+    """`jaxquant.blocked.quantize_activations`, to the byte, in the layout that the kernels read.
+
+    Args:
+      x: bfloat16 or float32; K a multiple of 16.
+      rows: of the values; those from M on are zeros.
+      scale_rows: columns of the scales, a multiple of 4; those from M on are the least scale.
+
+    Returns:
+      float8_e4m3fn values `[rows, K]` and float32 scales, transposed: `[ceil(K / 128), scale_rows]`.
+    """
+    K = x.shape[1]
+    steps = cdiv(K, K_BLOCK)
+    blocks = next(b for b in (_MAX_BLOCKS, 2, 1) if steps % b == 0)
+
+    def kernel(x_gmem, q_gmem, s_gmem, x_smem, q_smem, s_smem, landed):
+        tokens = pl.ds(lax.axis_index("m") * _TILE_M, _TILE_M)
+        kb0 = lax.axis_index("k") * blocks
+
+        def columns(i):
+            return pl.ds((kb0 + i) * K_BLOCK, K_BLOCK)
+
+        for i in range(blocks):  # TMA reads what lies outside x as zeros
+            plgpu.copy_gmem_to_smem(x_gmem.at[tokens, columns(i)], x_smem.at[i], landed.at[i])
+        for i in range(blocks):
+            plgpu.barrier_wait(landed.at[i])
+            v = plgpu.load(x_smem.at[i], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+            amax = jnp.maximum(jnp.max(jnp.abs(v), axis=1), ACTIVATION_AMAX_FLOOR)
+            scale = amax / _FMAX
+            # Mosaic divides as IEEE says, and its conversion rounds to nearest even.
+            q_smem[i] = (v / lax.broadcast_in_dim(scale, v.shape, [0])).astype(q_smem.dtype)
+            s_smem[i] = scale
+        plgpu.commit_smem()
+        for i in range(blocks):
+            plgpu.copy_smem_to_gmem(
+                q_smem.at[i], q_gmem.at[tokens, columns(i)], commit_group=False
+            )
+            plgpu.copy_smem_to_gmem(s_smem.at[i], s_gmem.at[kb0 + i, tokens], commit_group=False)
+        plgpu.commit_smem_to_gmem_group()
+        plgpu.wait_smem_to_gmem(0)
+
+    x_transforms = (
+        plgpu.TilingTransform((8, 128 // x.dtype.itemsize)),
+        plgpu.SwizzleTransform(128),
+    )
+    return plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((rows, K), jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct((steps, scale_rows), jnp.float32),
+        ),
+        scratch_types=[
+            plgpu.SMEM((blocks, _TILE_M, K_BLOCK), x.dtype, transforms=x_transforms),
+            plgpu.SMEM((blocks, _TILE_M, K_BLOCK), jnp.float8_e4m3fn, transforms=OPERAND_TRANSFORMS),
+            plgpu.SMEM((blocks, _TILE_M), jnp.float32),
+            plgpu.Barrier(num_barriers=blocks),
+        ],
+        grid=(cdiv(max(rows, scale_rows), _TILE_M), steps // blocks),
+        grid_names=("m", "k"),
+        kernel_name="jaxquant_quantize_activations",
+    )(x)

@@ -1,0 +1,231 @@
+"""Decode on Hopper: a few tokens by a blocked FP8 weight, bound by reading the weight.
+
+The operands change places: wgmma's 64-row side runs over the weight's rows and its other side
+over the tokens, so that no row of the tensor cores idles. K is split among thread blocks where
+the weight has too few rows to keep them all reading.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32, Int32
+
+from jaxquant.matmul.sm90 import (
+    K_BLOCK,
+    OPERAND_TRANSFORMS,
+    SMEM_BYTES,
+    cdiv,
+    consumer_registers,
+    fill_ring,
+    for_each_tile,
+    multiply,
+    next_slot,
+    producer_registers,
+    round_up,
+    zero_accumulator,
+)
+
+MAX_TOKENS = 128
+_TOKENS = (8, 16, 32, 64, 96, 128)
+# TMA writes rows of SMEM that start at multiples of 128 bytes: 32 float32.
+_MIN_SCALES = 32
+_N_ALIGNMENT = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the work is cut.
+
+    Attributes:
+      tile_n: rows of the weight in a tile: 64 (one consumer) or 128 (two).
+      splits: parts that K is cut into; divides ceil(K / 128).
+      stages: depth of the ring.
+    """
+
+    tile_n: int
+    splits: int
+    stages: int
+
+
+def padded_tokens(M: int) -> int:
+    """Tokens that the kernel computes for M: a width that wgmma has."""
+    return next(width for width in _TOKENS if M <= width)
+
+
+def padded_scales(M: int) -> int:
+    """Columns of the activations' scales that the kernel reads for M tokens."""
+    return max(_MIN_SCALES, padded_tokens(M))
+
+
+def default_config(M: int, N: int, K: int, sms: int) -> Config:
+    """Splits K until there is work for all `sms` multiprocessors."""
+    steps = cdiv(K, K_BLOCK)
+    tile_n = 64 if cdiv(N, 128) < 2 * sms else 128
+    tiles = cdiv(N, tile_n)
+
+    def cost(splits: int) -> float:
+        waves = cdiv(tiles * splits, sms)
+        # Idle multiprocessors, then the price of adding up the parts.
+        return waves * sms / (tiles * splits) + 0.03 * (splits > 1) + 0.01 * math.log2(splits)
+
+    splits = min((s for s in (1, 2, 4, 8) if s == 1 or _can_split(steps, s)), key=cost)
+    return Config(tile_n, splits, _max_stages(tile_n, padded_tokens(M), steps // splits))
+
+
+def _can_split(steps: int, splits: int) -> bool:
+    return steps % splits == 0 and steps // splits >= 4
+
+
+def _max_stages(tile_n: int, tokens: int, steps: int) -> int:
+    slot = (tile_n + tokens) * K_BLOCK + max(tokens, _MIN_SCALES) * 4
+    result = tile_n * tokens * 4
+    return max(2, min(12, (SMEM_BYTES - result) // slot, steps))
+
+
+def decode(
+    xq: Float[Array, "T K"],
+    sx: Float32[Array, "K/128 S"],
+    wq: Float[Array, "L N K"],
+    sw: Float32[Array, "L N/128 K/128"],
+    layer: Int32[Array, "1"],
+    *,
+    M: int,
+    out_dtype: Any,
+    config: Config,
+    sms: int,
+) -> Float[Array, "M N"]:
+    """`y[m, n] = sum_kb (xq[m, kb] . wq[layer, n, kb]) * sx[kb, m] * sw[layer, n // 128, kb]`.
+
+    Args:
+      xq: float8_e4m3fn, `padded_tokens(M)` rows; K a multiple of 16.
+      sx: the scales of xq, transposed, `padded_scales(M)` columns.
+      wq: float8_e4m3fn, read in place.
+      sw: the scales of wq.
+      layer: which matrix of the stack.
+      M: tokens, at most `MAX_TOKENS`.
+      out_dtype: bfloat16 or float32.
+      config: see `default_config`.
+      sms: multiprocessors of the GPU.
+
+    Returns:
+      `[M, N]` of `out_dtype`.
+    """
+    (tokens, K), N = xq.shape, wq.shape[1]
+    out_dtype = jnp.dtype(out_dtype)
+    splits, tile_n, stages = config.splits, config.tile_n, config.stages
+    steps, scale_rows = cdiv(K, K_BLOCK) // splits, cdiv(N, K_BLOCK)
+    consumers = tile_n // 64
+    n_tiles = cdiv(N, tile_n)
+    # The transposed store, which makes y itself, is there for 16-bit results.
+    direct = splits == 1 and out_dtype.itemsize == 2
+
+    def kernel(x_gmem, sx_gmem, w_gmem, sw_gmem, layer_gmem, y_gmem, *scratch):
+        x_smem, w_smem, sx_smem, y_smem, full, empty = scratch
+        warpgroup = lax.axis_index("warpgroup")
+        l = layer_gmem[0]
+
+        def origin(tile):
+            """The first row of the weight and the first K block of a tile."""
+            # Neighbours read different parts of K of the same rows.
+            return lax.div(tile, splits) * tile_n, lax.rem(tile, splits) * steps
+
+        @pl.when(warpgroup == consumers)
+        def _producer():
+            if consumers > 1:  # alone, a consumer has registers enough
+                producer_registers()
+
+            def copy(tile, step, slot):
+                n0, kb0 = origin(tile)
+                kb = kb0 + step
+                block = pl.ds(kb * K_BLOCK, K_BLOCK)
+                plgpu.copy_gmem_to_smem(
+                    w_gmem.at[l, pl.ds(n0, tile_n), block], w_smem.at[slot], full.at[slot]
+                )
+                plgpu.copy_gmem_to_smem(x_gmem.at[:, block], x_smem.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(sx_gmem.at[kb], sx_smem.at[slot], full.at[slot])
+
+            fill_ring(n_tiles * splits, steps, stages, empty, copy)
+
+        @pl.when(warpgroup < consumers)
+        def _consumer():
+            if consumers > 1:
+                consumer_registers(consumers)
+            n_offset = warpgroup * 64
+
+            def main_loop(scale_row, kb0, slot):
+                """Adds up this part of K. The weight's scale is loaded one step ahead."""
+
+                def add_block(step, carry):
+                    slot, w_scale, total = carry
+                    w_scale_next = sw_gmem[l, scale_row, kb0 + jnp.minimum(step + 1, steps - 1)]
+                    plgpu.barrier_wait(full.at[slot])
+                    x_scale = plgpu.load(
+                        sx_smem.at[slot, pl.ds(0, tokens)], layout=plgpu.Layout.WGMMA.reduce(0)
+                    )
+                    block = multiply(w_smem.at[slot, pl.ds(n_offset, 64)], x_smem.at[slot])
+                    plgpu.barrier_arrive(empty.at[slot])
+                    scale = lax.broadcast_in_dim(x_scale * w_scale, block.shape, [1])
+                    return next_slot(slot, stages), w_scale_next, total + block * scale
+
+                init = (slot, sw_gmem[l, scale_row, kb0], zero_accumulator(64, tokens))
+                slot, _, total = lax.fori_loop(0, steps, add_block, init)
+                return slot, total
+
+            def epilogue(total, n0, part):
+                """Registers to SMEM to GMEM; TMA drops what lies outside the result."""
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                rows = pl.ds(n0 + n_offset, 64)
+                if direct:
+                    y = plgpu.layout_cast(total.astype(out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+                    y_smem.at[warpgroup].T[...] = y
+                    target = y_gmem.at[:, rows]
+                else:
+                    y_smem[warpgroup] = total
+                    target = y_gmem.at[part, rows, :]
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(y_smem.at[warpgroup], target)
+
+            def do_tile(tile, slot):
+                n0, kb0 = origin(tile)
+                scale_row = jnp.minimum(lax.div(n0, K_BLOCK), scale_rows - 1)
+                slot, total = main_loop(scale_row, kb0, slot)
+                epilogue(total, n0, lax.rem(tile, splits))
+                return slot
+
+            for_each_tile(n_tiles * splits, jnp.int32(0), do_tile)
+            plgpu.wait_smem_to_gmem(0)
+
+    if direct:
+        out_type = jax.ShapeDtypeStruct((tokens, round_up(N, _N_ALIGNMENT)), out_dtype)
+        transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+        y_smem = plgpu.SMEM((consumers, tokens, 64), out_dtype, transforms=transforms)
+    else:
+        out_type = jax.ShapeDtypeStruct((splits, N, tokens), jnp.float32)
+        y_smem = plgpu.SMEM((consumers, 64, tokens), jnp.float32)
+    y = plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        scratch_types=[
+            plgpu.SMEM((stages, tokens, K_BLOCK), xq.dtype, transforms=OPERAND_TRANSFORMS),
+            plgpu.SMEM((stages, tile_n, K_BLOCK), wq.dtype, transforms=OPERAND_TRANSFORMS),
+            plgpu.SMEM((stages, sx.shape[1]), jnp.float32),
+            y_smem,
+            plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+        ],
+        grid=(min(sms, n_tiles * splits),),
+        grid_names=("sm",),
+        num_threads=consumers + 1,
+        thread_name="warpgroup",
+        kernel_name="jaxquant_decode_fp8",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    )(xq, sx, wq, sw, layer)
+    if not direct:
+        y = y.sum(0).T.astype(out_dtype)
+    return y[:M, :N]

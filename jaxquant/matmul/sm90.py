@@ -1,0 +1,123 @@
+"""What the Hopper kernels share: operand tiling and the ring of SMEM buffers.
+
+A kernel is one producer warpgroup, which copies tiles from GMEM with the tensor memory
+accelerator (TMA), and one or two or three consumer warpgroups, which multiply them. Between the
+two stands a ring of `stages` SMEM slots, each of one 128-wide block of K:
+
+    full[slot]    completes when the copies into a slot have landed
+    empty[slot]   completes when every consumer has read a slot
+
+Thread blocks are persistent: there is one per multiprocessor, and each works through its share
+of the tiles in the same order in both roles.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# One K block of FP8 is one 128-byte swizzled row, one TMA box and one scale.
+K_BLOCK = 128
+OPERAND_TRANSFORMS = (plgpu.TilingTransform((8, K_BLOCK)), plgpu.SwizzleTransform(K_BLOCK))
+
+# The producer only issues copies. What it gives up goes to the consumers' accumulators.
+_REGISTERS = 512
+_PRODUCER_REGISTERS = 40
+_MAX_REGISTERS = 240
+
+# Bytes of SMEM one thread block may have, less what the barriers and the compiler take.
+SMEM_BYTES = 232448 - 2048
+
+
+def cdiv(a: int, b: int) -> int:
+    """The least integer >= a / b."""
+    return -(-a // b)
+
+
+def round_up(a: int, multiple: int) -> int:
+    """The least multiple of `multiple` >= a."""
+    return cdiv(a, multiple) * multiple
+
+
+def next_slot(slot: Any, stages: int) -> Any:
+    """The slot after `slot` in a ring of `stages`."""
+    return jnp.where(slot == stages - 1, 0, slot + 1)
+
+
+def for_each_tile(tiles: int, init: Any, body: Callable[[Any, Any], Any]) -> Any:
+    """`carry = body(tile, carry)` over this thread block's share of `tiles` tiles."""
+
+    @plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=init)
+    def result(info, carry):
+        return body(info.index[0], carry)
+
+    return result
+
+
+def fill_ring(
+    tiles: int,
+    steps: int,
+    stages: int,
+    empty: Any,
+    copy: Callable[[Any, Any, Any], None],
+) -> None:
+    """The producer: `copy(tile, step, slot)` for each tile and each of its `steps` K blocks."""
+
+    def fill_tile(tile, carry):
+        def fill_slot(step, carry):
+            slot, filled = carry
+
+            @pl.when(filled >= stages)
+            def _wait_for_consumers():
+                plgpu.barrier_wait(empty.at[slot])
+                # Consumers read the scales with ordinary loads; the fence orders these before
+                # the copies that overwrite them.
+                plgpu.commit_smem()
+
+            copy(tile, step, slot)
+            return next_slot(slot, stages), jnp.minimum(filled + 1, stages)
+
+        return lax.fori_loop(0, steps, fill_slot, carry)
+
+    slot, filled = for_each_tile(tiles, (jnp.int32(0), jnp.int32(0)), fill_tile)
+
+    # Every completion of a barrier must be seen, and a thread block must not end while its
+    # cluster neighbour still copies into it. The oldest slot of a ring that has wrapped is `slot`.
+    def drain(_, slot):
+        plgpu.barrier_wait(empty.at[slot])
+        return next_slot(slot, stages)
+
+    lax.fori_loop(0, filled, drain, jnp.where(filled == stages, slot, 0))
+
+
+def producer_registers() -> None:
+    """Gives the producer's spare registers away."""
+    plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+
+
+def consumer_registers(consumers: int) -> None:
+    """Takes a consumer's share of the registers that the producer gave away."""
+    share = (_REGISTERS - _PRODUCER_REGISTERS) // consumers // 8 * 8
+    plgpu.set_max_registers(min(_MAX_REGISTERS, share), action="increase")
+
+
+def zero_accumulator(rows: int, cols: int) -> Any:
+    """A float32 zero in the layout that wgmma accumulates in."""
+    return plgpu.layout_cast(jnp.zeros((rows, cols), jnp.float32), plgpu.Layout.WGMMA)
+
+
+def multiply(a: Any, b: Any) -> Any:
+    """`a @ b^T` of SMEM tiles a `[64, 128]` and b `[n, 128]`: one K block, in float32.
+
+    The tensor cores add up FP8 products with about 14 bits, so a sum is taken out to float32
+    registers after each K block rather than kept there through all of K.
+    """
+
+    def run(accumulator):
+        plgpu.wgmma(accumulator, a, b.T)
+        return accumulator[...]
+
+    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
