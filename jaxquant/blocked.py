@@ -27,7 +27,9 @@ ACTIVATION_AMAX_FLOOR = 1e-10
 ACTIVATION_GROUP = 128
 
 
-def quantize(w: Float[Array, "*lead out in"], config: QuantConfig | None = None) -> QuantizedArray:
+def quantize(
+    w: Float[Array | np.ndarray, "*lead out in"], config: QuantConfig | None = None
+) -> QuantizedArray:
     """Quantizes a K-major weight to blocked FP8. Jittable and pure.
 
     Args:
@@ -65,7 +67,7 @@ def quantize(w: Float[Array, "*lead out in"], config: QuantConfig | None = None)
 
 def quantize_activations(
     x: Float[Array, "*lead K"],
-) -> tuple[Float[Array, "*lead K"], Float32[Array, "*lead K/128"]]:
+) -> tuple[Float[Array, "*lead K"], Float32[Array, "*lead (K+127)//128"]]:
     """Quantizes activations to e4m3, one scale per token and 128 columns.
 
     Args:

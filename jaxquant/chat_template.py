@@ -28,10 +28,14 @@ from .errors import JaxquantError
 _BUDGET = 100_000_000
 _STEP = 20
 _CALL = 200
-# The most characters that one multiplying operation (replace, a width) might make.
-_LARGEST = 1_000_000_000
 # Operations that write out whole containers, whose text can be far longer than they are.
 _WRITERS = frozenset({"+", "~", "%", "format", "join", "pprint", "string", "tojson"})
+# Operations that can make as much as the product of their value's and an argument's size.
+_MULTIPLIERS = frozenset(
+    {"batch", "center", "expandtabs", "indent", "join", "ljust", "rjust", "slice", "tojson"}
+    | {"wordwrap", "zfill"}
+)
+_FORMATS = frozenset({"%", "format", "format_map"})
 
 
 class ChatTemplate:
@@ -241,40 +245,41 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         elif operator == "*":
             self.spend(_size(left) * _size(right))
         elif not numbers:
-            self._check(operator, (left, right))
+            self._check(operator, left, (right,))
         return self._spend_on(super().call_binop(context, operator, left, right))
 
     # Jinja's own names: keyword arguments of the template must not collide with them.
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
-        owner = getattr(method, "__self__", None)
+        name, value = getattr(method, "__name__", ""), getattr(method, "__self__", None)
         __self.spend(_CALL)
-        __self._check(getattr(method, "__name__", ""), (owner, *args, *kwargs.values()))
+        __self._check(name, value, (*args, *kwargs.values()))
         return __self._spend_on(super().call(__context, __obj, *args, **kwargs))
 
     def _guard(self, name: str, function: Any) -> Any:
-        @functools.wraps(function)  # keeps the mark that makes Jinja pass the context
+        first = 1 if hasattr(function, "jinja_pass_arg") else 0  # behind Jinja's context
+
+        @functools.wraps(function)  # keeps the mark that makes Jinja pass its context
         def guarded(*args: Any, **kwargs: Any) -> Any:
-            self._check(name, (*args, *kwargs.values()))
+            value, *arguments = args[first:]
+            self._check(name, value, (*arguments, *kwargs.values()))
             return self._spend_on(function(*args, **kwargs))
 
         return guarded
 
-    def _check(self, name: str, operands: tuple[Any, ...]) -> None:
+    def _check(self, name: str, value: Any, arguments: tuple[Any, ...]) -> None:
+        """Pays for the operation `name` before it runs, and stops one that makes too much."""
         self.spend(_STEP)
         if name in _WRITERS:
-            for operand in operands:
+            for operand in (value, *arguments):
                 self.spend(_text_size(operand))
-        sizes = [_size(operand) for operand in operands]
-        if name in ("format", "%"):  # widths: "{:>99}", "%99d", "%*d" % (99, 1)
-            for operand in operands:
-                if isinstance(operand, str):
-                    sizes += map(int, re.findall(r"\d{1,18}", operand))
-                elif isinstance(operand, tuple):
-                    sizes += map(_size, operand)
-        *_, second, first = sorted([0, *sizes])
-        if first > _BUDGET or first * second > _LARGEST:
-            raise TemplateRuntimeError(f"stopped: a text too long from {name!r}")
+        if name in _FORMATS:
+            self.spend(max(_widths(value, arguments), default=0))
+        elif name in _MULTIPLIERS and not isinstance(value, int):
+            self.spend(max(1, _size(value)) * max(map(_size, arguments), default=0))
+        elif name == "replace" and isinstance(value, str):
+            old, new = map(str, arguments[:2])
+            self.spend(value.count(old) * len(new))
 
     def _spend_on(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -295,6 +300,19 @@ def _size(value: Any) -> int:
     if isinstance(value, str | list | tuple | dict):
         return len(value)
     return abs(value) if isinstance(value, int) else 0
+
+
+def _widths(template: Any, arguments: tuple[Any, ...]) -> list[int]:
+    """The numbers that may be widths in a format: "{:>99}", "%99d", "%*d" % (99, 1), "{:{}}"."""
+    if not isinstance(template, str):
+        return []
+    widths = [int(digits) for digits in re.findall(r"(?:% ?|[:<>^=.+#-])(\d{1,18})", template)]
+    if re.search(r"%[^a-zA-Z%]*\*|:[^}]*\{", template):
+        for argument in arguments:
+            parts = argument.values() if isinstance(argument, dict) else argument
+            parts = [argument] if isinstance(argument, int | str) else parts
+            widths += [abs(part) for part in parts if isinstance(part, int)]
+    return widths
 
 
 def _text_size(value: Any) -> int:

@@ -15,8 +15,8 @@ from jaxquant.errors import JaxquantError
 from jaxquant.models.layers import Cache
 
 # Tokens per call into the device, at most; a stream asks for fewer at a time.
-_CHUNK = 64
-_STREAM_CHUNK = 8
+LONGEST_CHUNK = 64
+STREAM_CHUNK = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Sampling:
             ("top_k", 0, 2**31 - 1),
             ("top_p", 1e-9, 1.0),
             ("min_p", 0.0, 1.0),
-            ("seed", 0, 2**63 - 1),
+            ("seed", 0, 2**32 - 1),
         ):
             value = getattr(self, name)
             whole = name in ("top_k", "seed")
@@ -68,7 +68,7 @@ def stream(
     *,
     max_new_tokens: int,
     stop_tokens: Sequence[int] = (),
-    chunk: int = _STREAM_CHUNK,
+    chunk: int = STREAM_CHUNK,
 ) -> Iterator[list[list[int]]]:
     """Generates in chunks.
 
@@ -109,7 +109,7 @@ def stream(
     knobs = _Knobs.of(sampling)
     produced = 0
     while produced < new:
-        n = min(chunk, new - produced, _CHUNK)
+        n = min(chunk, new - produced, LONGEST_CHUNK)
         state, out, counts = _decode(model, state, knobs, stops, n)
         out, counts, done = jax.device_get((out, counts, state.done))
         yield [out[row, : counts[row]].tolist() for row in range(B)]
@@ -129,7 +129,7 @@ def generate(
     """All of `stream` at once: the new tokens of each prompt."""
     result: list[list[int]] = [[] for _ in prompts]
     kwargs: Any = {"max_new_tokens": max_new_tokens, "stop_tokens": stop_tokens}
-    for pieces in stream(model, prompts, sampling, chunk=_CHUNK, **kwargs):
+    for pieces in stream(model, prompts, sampling, chunk=LONGEST_CHUNK, **kwargs):
         for tokens, piece in zip(result, pieces, strict=True):
             tokens.extend(piece)
     return result
@@ -174,10 +174,12 @@ class _Knobs:
     @staticmethod
     def of(s: Sampling) -> "_Knobs":
         return _Knobs(
-            *(np.float32(x) for x in (s.repetition_penalty, s.temperature)),
-            np.int32(s.top_k),
-            *(np.float32(x) for x in (s.top_p, s.min_p)),
-            np.uint32(s.seed % 2**32),
+            repetition_penalty=np.float32(s.repetition_penalty),
+            temperature=np.float32(s.temperature),
+            top_k=np.int32(s.top_k),
+            top_p=np.float32(s.top_p),
+            min_p=np.float32(s.min_p),
+            seed=np.uint32(s.seed),
             greedy=s.temperature == 0,
             filtered=s.top_k > 0 or s.top_p < 1 or s.min_p > 0,
             penalized=s.repetition_penalty != 1,
@@ -216,7 +218,7 @@ def _decode(
         state, _, _, i = carry
         return (i < n) & ~state.done.all()
 
-    out, counts = jnp.zeros((B, _CHUNK), jnp.int32), jnp.zeros((B,), jnp.int32)
+    out, counts = jnp.zeros((B, LONGEST_CHUNK), jnp.int32), jnp.zeros((B,), jnp.int32)
     state, out, counts, _ = lax.while_loop(unfinished, body, (state, out, counts, 0))
     return state, out, counts
 

@@ -79,7 +79,7 @@ class LanguageModel:
         """
         return generation.generate(
             self.module,
-            np.asarray(tokens).tolist() if hasattr(tokens, "shape") else tokens,
+            np.asarray(tokens).tolist() if isinstance(tokens, jax.Array | np.ndarray) else tokens,
             generation.Sampling(**sampling),
             max_new_tokens=max_new_tokens,
             stop_tokens=self.stop_tokens if stop_tokens is None else stop_tokens,

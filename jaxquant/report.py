@@ -3,7 +3,7 @@
 import dataclasses
 import html
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 
@@ -72,13 +72,7 @@ class QuantReport:
         )
 
     def __str__(self) -> str:
-        header, rows = _table(self.tensors)
-        widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
-        lines = [
-            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip()
-            for r in [header, *rows]
-        ]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], self.summary()])
+        return f"{format_table(*_table(self.tensors))}\n{self.summary()}"
 
     def _repr_html_(self) -> str:
         header, rows = _table(self.tensors)
@@ -100,14 +94,39 @@ def format_bytes(n: float) -> str:
     return f"{n:.1f} TB"
 
 
+def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns of text, as wide as they need to be."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    text = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
+
+
+def group_layers[T](items: Iterable[T], key: Callable[[T], tuple]) -> list[tuple[tuple, list[T]]]:
+    """Groups what differs in layer numbers only.
+
+    Args:
+      items: what to group.
+      key: of an item, its '/'-joined path first.
+
+    Returns:
+      (key with `*` for each number in the path, items), in the order of first appearance.
+    """
+    groups: dict[tuple, list[T]] = {}
+    for item in items:
+        path, *rest = key(item)
+        pattern = re.sub(r"(?<![^/])\d+(?![^/])", "*", path)
+        groups.setdefault((pattern, *rest), []).append(item)
+    return list(groups.items())
+
+
 def _table(tensors: Iterable[TensorReport]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """One row for all tensors that differ in layer numbers only."""
-    groups: dict[tuple, list[TensorReport]] = {}
-    for t in tensors:
-        pattern = re.sub(r"(?<![^/])\d+(?![^/])", "*", t.path)
-        groups.setdefault((pattern, t.shape, t.quantized, t.reason), []).append(t)
+    groups = group_layers(tensors, lambda t: (t.path, t.shape, t.quantized, t.reason))
     rows = []
-    for (pattern, shape, quantized, reason), ts in groups.items():
+    for (pattern, shape, quantized, reason), ts in groups:
         errors = [t.relative_error for t in ts if t.relative_error is not None]
         before, after = sum(t.bytes_before for t in ts), sum(t.bytes_after for t in ts)
         rows.append(

@@ -7,6 +7,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 import tokenizers
@@ -622,6 +623,25 @@ class TestChatTemplate:
         template = ChatTemplate("{{ messages[0].content * 4 }}", "t")
         for _ in range(20):
             assert len(template.render("x" * 2_000_000, add_generation_prompt=True)) == 8_000_000
+
+    @pytest.mark.parametrize(
+        "template",
+        [
+            "{{ text + text }}{{ text ~ text }}",
+            "{{ text.split(text) | length }}{{ text.startswith(text) }}",
+            "{{ text | truncate(99999) }}{{ text | indent(4) }}",
+            "{{ 'a %s b'.replace('%s', text) }}{{ (text + '@').replace('@', text) }}",
+            "{{ '{}'.format(text) }}{{ '%s' % text }}",
+            "{{ number | string }}{{ number | tojson }}{{ '%d %s' % (number, number) }}",
+            "{{ '{} {:,}'.format(number, number) }}{{ [number] | join }}{{ number * number }}",
+            "{% macro f(x) %}{{ x }}{% endmacro %}{{ f(number) }}{{ number % 7 }}{{ -number }}",
+        ],
+    )
+    def test_long_texts_and_large_numbers_are_no_bombs(self, template):
+        text = "Call 01234567890: 12345678901, %9999999999d {:>9999999999} " * 10_000
+        plain = jinja2.Environment().from_string(template)
+        number = 1_700_000_000_000
+        assert render(template, text=text, number=number) == plain.render(text=text, number=number)
 
     def test_a_long_conversation_fits_the_budget(self):
         turn = [

@@ -69,14 +69,18 @@ def quantize_checkpoint(
             disable=None if progress is None else not progress,
             leave=False,
         ) as bar:
+
+            def advance(source: TensorSource) -> None:
+                bar.update(sizes.get(source.name, 0))
+
             write_folder(
                 directory,
                 sources,
-                config=_with_quantization(folder.config, config, plan_kept(plan)),
+                config=_with_quantization(folder.config, config, _kept(plan)),
                 files=folder.other_files(),
                 max_shard_bytes=max_shard_bytes,
                 overwrite=overwrite,
-                on_tensor=lambda source: bar.update(sizes.get(source.name, 0)),
+                on_tensor=advance,
             )
     return QuantReport(tuple(entries))
 
@@ -221,7 +225,7 @@ def _check_finite(folder: CheckpointFolder, item: Item, finite: bool) -> None:
         raise CheckpointError(f"{folder.shard_of(item.name)}: tensor {item.name} holds NaN or Inf")
 
 
-def plan_kept(plan: Plan) -> list[str]:
+def _kept(plan: Plan) -> list[str]:
     """Full paths of the linear modules that a plan leaves unquantized."""
     return [
         item.name.removesuffix(".weight")

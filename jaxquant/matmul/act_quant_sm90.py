@@ -1,5 +1,7 @@
 """Quantizing activations on Hopper in one pass: each value is read once, from GMEM to SMEM."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -7,8 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
-from jaxquant.blocked import ACTIVATION_AMAX_FLOOR
-from jaxquant.matmul.sm90 import K_BLOCK, OPERAND_TRANSFORMS, cdiv
+from jaxquant.blocked import ACTIVATION_AMAX_FLOOR, _ieee_divide
+from jaxquant.matmul.sm90 import FP8, K_BLOCK, cdiv, swizzled
 
 _TILE_M = 64
 _MAX_BLOCKS = 4  # K blocks of one thread block
@@ -17,11 +19,11 @@ _FMAX = 448.0
 
 def quantize_activations(
     x: Float[Array, "M K"], rows: int, scale_rows: int
-) -> tuple[Float[Array, "rows K"], Float32[Array, "K/128 scale_rows"]]:
+) -> tuple[Float[Array, "rows K"], Float32[Array, "(K+127)//128 scale_rows"]]:
     """`jaxquant.blocked.quantize_activations`, to the byte, in the layout that the kernels read.
 
     Args:
-      x: bfloat16 or float32; K a multiple of 16.
+      x: bfloat16 or float32; K a multiple of 32, M one of 8 or less than 8.
       rows: of the values; those from M on are zeros.
       scale_rows: columns of the scales, a multiple of 4; those from M on are the least scale.
 
@@ -30,7 +32,8 @@ def quantize_activations(
     """
     K = x.shape[1]
     steps = cdiv(K, K_BLOCK)
-    blocks = next(b for b in (_MAX_BLOCKS, 2, 1) if steps % b == 0)
+    blocks = math.gcd(steps, _MAX_BLOCKS)
+    tile = (blocks, _TILE_M, K_BLOCK)
 
     def kernel(x_gmem, q_gmem, s_gmem, x_smem, q_smem, s_smem, landed):
         tokens = pl.ds(lax.axis_index("m") * _TILE_M, _TILE_M)
@@ -45,9 +48,9 @@ def quantize_activations(
             plgpu.barrier_wait(landed.at[i])
             v = plgpu.load(x_smem.at[i], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
             amax = jnp.maximum(jnp.max(jnp.abs(v), axis=1), ACTIVATION_AMAX_FLOOR)
-            scale = amax / _FMAX
-            # Mosaic divides as IEEE says, and its conversion rounds to nearest even.
-            q_smem[i] = (v / lax.broadcast_in_dim(scale, v.shape, [0])).astype(q_smem.dtype)
+            scale = _ieee_divide(amax, jnp.full_like(amax, _FMAX))
+            ratio = _ieee_divide(v, lax.broadcast_in_dim(scale, v.shape, [0]))
+            q_smem[i] = ratio.astype(q_smem.dtype)
             s_smem[i] = scale
         plgpu.commit_smem()
         for i in range(blocks):
@@ -58,19 +61,15 @@ def quantize_activations(
         plgpu.commit_smem_to_gmem_group()
         plgpu.wait_smem_to_gmem(0)
 
-    x_transforms = (
-        plgpu.TilingTransform((8, 128 // x.dtype.itemsize)),
-        plgpu.SwizzleTransform(128),
-    )
     return plgpu.kernel(
         kernel,
         out_type=(
-            jax.ShapeDtypeStruct((rows, K), jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct((rows, K), FP8),
             jax.ShapeDtypeStruct((steps, scale_rows), jnp.float32),
         ),
         scratch_types=[
-            plgpu.SMEM((blocks, _TILE_M, K_BLOCK), x.dtype, transforms=x_transforms),
-            plgpu.SMEM((blocks, _TILE_M, K_BLOCK), jnp.float8_e4m3fn, transforms=OPERAND_TRANSFORMS),
+            plgpu.SMEM(tile, x.dtype, transforms=swizzled(K, x.dtype)),
+            plgpu.SMEM(tile, FP8, transforms=swizzled(K, FP8)),
             plgpu.SMEM((blocks, _TILE_M), jnp.float32),
             plgpu.Barrier(num_barriers=blocks),
         ],

@@ -17,9 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from jaxquant.matmul.sm90 import (
+    FP8,
     K_BLOCK,
-    OPERAND_TRANSFORMS,
-    SMEM_BYTES,
     cdiv,
     consumer_registers,
     fill_ring,
@@ -27,15 +26,16 @@ from jaxquant.matmul.sm90 import (
     multiply,
     next_slot,
     producer_registers,
+    ring_stages,
     round_up,
+    swizzled,
     zero_accumulator,
 )
 
-MAX_TOKENS = 128
 _TOKENS = (8, 16, 32, 64, 96, 128)
 # TMA writes rows of SMEM that start at multiples of 128 bytes: 32 float32.
 _MIN_SCALES = 32
-_N_ALIGNMENT = 8
+_MAX_STAGES = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +45,15 @@ class Config:
     Attributes:
       tile_n: rows of the weight in a tile: 64 (one consumer) or 128 (two).
       splits: parts that K is cut into; divides ceil(K / 128).
-      stages: depth of the ring.
     """
 
     tile_n: int
     splits: int
-    stages: int
+
+
+def takes(M: int, N: int) -> bool:
+    """Whether the product is bound by reading the weight, so that this kernel is the fast one."""
+    return M <= 64 or (M <= _TOKENS[-1] and N <= 8192)
 
 
 def padded_tokens(M: int) -> int:
@@ -75,24 +78,18 @@ def default_config(M: int, N: int, K: int, sms: int) -> Config:
         return waves * sms / (tiles * splits) + 0.03 * (splits > 1) + 0.01 * math.log2(splits)
 
     splits = min((s for s in (1, 2, 4, 8) if s == 1 or _can_split(steps, s)), key=cost)
-    return Config(tile_n, splits, _max_stages(tile_n, padded_tokens(M), steps // splits))
+    return Config(tile_n, splits)
 
 
 def _can_split(steps: int, splits: int) -> bool:
     return steps % splits == 0 and steps // splits >= 4
 
 
-def _max_stages(tile_n: int, tokens: int, steps: int) -> int:
-    slot = (tile_n + tokens) * K_BLOCK + max(tokens, _MIN_SCALES) * 4
-    result = tile_n * tokens * 4
-    return max(2, min(12, (SMEM_BYTES - result) // slot, steps))
-
-
 def decode(
     xq: Float[Array, "T K"],
-    sx: Float32[Array, "K/128 S"],
+    sx: Float32[Array, "(K+127)//128 S"],
     wq: Float[Array, "L N K"],
-    sw: Float32[Array, "L N/128 K/128"],
+    sw: Float32[Array, "L (N+127)//128 (K+127)//128"],
     layer: Int32[Array, "1"],
     *,
     M: int,
@@ -103,12 +100,12 @@ def decode(
     """`y[m, n] = sum_kb (xq[m, kb] . wq[layer, n, kb]) * sx[kb, m] * sw[layer, n // 128, kb]`.
 
     Args:
-      xq: float8_e4m3fn, `padded_tokens(M)` rows; K a multiple of 16.
+      xq: float8_e4m3fn, `padded_tokens(M)` rows; K a multiple of 32.
       sx: the scales of xq, transposed, `padded_scales(M)` columns.
-      wq: float8_e4m3fn, read in place.
+      wq: float8_e4m3fn, read in place; N a multiple of 8.
       sw: the scales of wq.
       layer: which matrix of the stack.
-      M: tokens, at most `MAX_TOKENS`.
+      M: tokens, at most 128.
       out_dtype: bfloat16 or float32.
       config: see `default_config`.
       sms: multiprocessors of the GPU.
@@ -118,12 +115,14 @@ def decode(
     """
     (tokens, K), N = xq.shape, wq.shape[1]
     out_dtype = jnp.dtype(out_dtype)
-    splits, tile_n, stages = config.splits, config.tile_n, config.stages
+    splits, tile_n = config.splits, config.tile_n
     steps, scale_rows = cdiv(K, K_BLOCK) // splits, cdiv(N, K_BLOCK)
     consumers = tile_n // 64
     n_tiles = cdiv(N, tile_n)
-    # The transposed store, which makes y itself, is there for 16-bit results.
-    direct = splits == 1 and out_dtype.itemsize == 2
+    slot_bytes = (tile_n + tokens) * K_BLOCK + sx.shape[1] * 4
+    stages = ring_stages(slot_bytes, tile_n * tokens * 4, steps, _MAX_STAGES)
+    # The store that transposes, and so makes y itself, is there for whole tiles of 16-bit values.
+    direct = splits == 1 and out_dtype.itemsize == 2 and N % 64 == 0
 
     def kernel(x_gmem, sx_gmem, w_gmem, sw_gmem, layer_gmem, y_gmem, *scratch):
         x_smem, w_smem, sx_smem, y_smem, full, empty = scratch
@@ -184,7 +183,8 @@ def decode(
                 if direct:
                     y = plgpu.layout_cast(total.astype(out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
                     y_smem.at[warpgroup].T[...] = y
-                    target = y_gmem.at[:, rows]
+                    # Not `:`, since y may have fewer rows. Pallas would refuse a static slice.
+                    target = y_gmem.at[pl.ds(lax.mul(part, 0), tokens), rows]
                 else:
                     y_smem[warpgroup] = total
                     target = y_gmem.at[part, rows, :]
@@ -202,9 +202,10 @@ def decode(
             plgpu.wait_smem_to_gmem(0)
 
     if direct:
-        out_type = jax.ShapeDtypeStruct((tokens, round_up(N, _N_ALIGNMENT)), out_dtype)
-        transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-        y_smem = plgpu.SMEM((consumers, tokens, 64), out_dtype, transforms=transforms)
+        # TMA stores whole tiles of 8 rows, or fewer than 8.
+        y_rows = M if M < 8 else round_up(M, 8)
+        out_type = jax.ShapeDtypeStruct((y_rows, N), out_dtype)
+        y_smem = plgpu.SMEM((consumers, tokens, 64), out_dtype, transforms=swizzled(N, out_dtype))
     else:
         out_type = jax.ShapeDtypeStruct((splits, N, tokens), jnp.float32)
         y_smem = plgpu.SMEM((consumers, 64, tokens), jnp.float32)
@@ -212,8 +213,8 @@ def decode(
         kernel,
         out_type=out_type,
         scratch_types=[
-            plgpu.SMEM((stages, tokens, K_BLOCK), xq.dtype, transforms=OPERAND_TRANSFORMS),
-            plgpu.SMEM((stages, tile_n, K_BLOCK), wq.dtype, transforms=OPERAND_TRANSFORMS),
+            plgpu.SMEM((stages, tokens, K_BLOCK), FP8, transforms=swizzled(K, FP8)),
+            plgpu.SMEM((stages, tile_n, K_BLOCK), FP8, transforms=swizzled(K, FP8)),
             plgpu.SMEM((stages, sx.shape[1]), jnp.float32),
             y_smem,
             plgpu.Barrier(num_arrivals=3, num_barriers=stages),
@@ -228,4 +229,4 @@ def decode(
     )(xq, sx, wq, sw, layer)
     if not direct:
         y = y.sum(0).T.astype(out_dtype)
-    return y[:M, :N]
+    return y[:M]

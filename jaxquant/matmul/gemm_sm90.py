@@ -11,8 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from jaxquant.matmul.sm90 import (
+    FP8,
     K_BLOCK,
-    OPERAND_TRANSFORMS,
     cdiv,
     consumer_registers,
     fill_ring,
@@ -20,7 +20,9 @@ from jaxquant.matmul.sm90 import (
     multiply,
     next_slot,
     producer_registers,
+    ring_stages,
     round_up,
+    swizzled,
     zero_accumulator,
 )
 
@@ -28,11 +30,9 @@ from jaxquant.matmul.sm90 import (
 TILE_N = 128
 # Tiles are visited in strips this many tiles wide, to meet operands again while L2 has them.
 _STRIP = 8
-# Columns of one store. Rows of the result must be whole 16-byte units for TMA.
+# Columns of one store; the result has a multiple of them.
 _STORE_N = 64
-_N_ALIGNMENT = 8
-# Rows of the activations' scales must be too.
-SCALE_ALIGNMENT = 4
+_MAX_STAGES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +40,11 @@ class Config:
     """How the work is cut.
 
     Attributes:
-      tile_m: tokens of a tile: 64 (two consumers of 64x64), 128 or 192 (one per 64 rows).
-      stages: depth of the ring.
+      tile_m: tokens of a tile: 64 (two consumers of 64x64), 128 or 192 (one for each 64).
       cluster: whether two neighbours along M share the copies of the weight (multicast).
     """
 
     tile_m: int
-    stages: int
     cluster: bool
 
     @property
@@ -64,19 +62,18 @@ def default_config(M: int, N: int, K: int, sms: int) -> Config:
 
     tile_m = min(_MICROSECONDS_PER_BLOCK, key=microseconds)
     cluster = tile_m == 192 and M >= 1024 and N >= 4096 and K <= 4096
-    return Config(tile_m, _STAGES[tile_m], cluster)
+    return Config(tile_m, cluster)
 
 
 # Measured on an H200 with all multiprocessors busy: one K block of one tile on each.
 _MICROSECONDS_PER_BLOCK = {64: 0.28, 128: 0.43, 192: 0.57}
-_STAGES = {64: 8, 128: 6, 192: 4}
 
 
 def gemm(
     xq: Float[Array, "M K"],
-    sx: Float32[Array, "K/128 M4"],
+    sx: Float32[Array, "(K+127)//128 M"],
     wq: Float[Array, "L N K"],
-    sw: Float32[Array, "L N/128 K/128"],
+    sw: Float32[Array, "L (N+127)//128 (K+127)//128"],
     layer: Int32[Array, "1"],
     *,
     out_dtype: Any,
@@ -86,9 +83,9 @@ def gemm(
     """`y[m, n] = sum_kb (xq[m, kb] . wq[layer, n, kb]) * sx[kb, m] * sw[layer, n // 128, kb]`.
 
     Args:
-      xq: float8_e4m3fn; K a multiple of 16.
-      sx: the scales of xq, transposed; M4 is M rounded up to a multiple of 4.
-      wq: float8_e4m3fn, read in place.
+      xq: float8_e4m3fn; K a multiple of 32, M of 8.
+      sx: the scales of xq, transposed.
+      wq: float8_e4m3fn, read in place; N a multiple of 8.
       sw: the scales of wq.
       layer: which matrix of the stack.
       out_dtype: bfloat16 or float32.
@@ -100,12 +97,14 @@ def gemm(
     """
     (M, K), N = xq.shape, wq.shape[1]
     out_dtype = jnp.dtype(out_dtype)
-    N_out = round_up(N, _N_ALIGNMENT)
+    N_out = round_up(N, _STORE_N)
     steps, scale_rows = cdiv(K, K_BLOCK), cdiv(N, K_BLOCK)
     tile_m, consumers = config.tile_m, config.consumers
-    stages = max(2, min(config.stages, steps))
     # What one consumer makes of a tile.
     rows, cols = 64, TILE_N if tile_m > 64 else TILE_N // consumers
+    slot_bytes = (tile_m + TILE_N) * K_BLOCK + tile_m * 4
+    result_bytes = consumers * rows * _STORE_N * out_dtype.itemsize
+    stages = ring_stages(slot_bytes, result_bytes, steps, _MAX_STAGES)
     neighbours = 2 if config.cluster else 1
     m_tiles, n_tiles = cdiv(M, tile_m * neighbours), cdiv(N, TILE_N)
 
@@ -188,11 +187,6 @@ def gemm(
             for_each_tile(m_tiles * n_tiles, jnp.int32(0), do_tile)
             plgpu.wait_smem_to_gmem(0)
 
-    swizzle = plgpu.find_swizzle(_STORE_N * out_dtype.itemsize * 8)
-    y_transforms = (
-        plgpu.TilingTransform((8, swizzle // out_dtype.itemsize)),
-        plgpu.SwizzleTransform(swizzle),
-    )
     if config.cluster:
         cluster = {"cluster": (neighbours,), "cluster_names": ("cluster",)}
         empty = plgpu.ClusterBarrier(
@@ -205,10 +199,12 @@ def gemm(
         kernel,
         out_type=jax.ShapeDtypeStruct((M, N_out), out_dtype),
         scratch_types=[
-            plgpu.SMEM((stages, tile_m, K_BLOCK), xq.dtype, transforms=OPERAND_TRANSFORMS),
-            plgpu.SMEM((stages, TILE_N, K_BLOCK), wq.dtype, transforms=OPERAND_TRANSFORMS),
+            plgpu.SMEM((stages, tile_m, K_BLOCK), FP8, transforms=swizzled(K, FP8)),
+            plgpu.SMEM((stages, TILE_N, K_BLOCK), FP8, transforms=swizzled(K, FP8)),
             plgpu.SMEM((stages, tile_m), jnp.float32),
-            plgpu.SMEM((consumers, rows, _STORE_N), out_dtype, transforms=y_transforms),
+            plgpu.SMEM(
+                (consumers, rows, _STORE_N), out_dtype, transforms=swizzled(N_out, out_dtype)
+            ),
             plgpu.Barrier(num_arrivals=3, num_barriers=stages),
             empty,
         ],
@@ -220,4 +216,4 @@ def gemm(
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         **cluster,
     )(xq, sx, wq, sw, layer)
-    return y if N_out == N else y[:, :N]
+    return y[:, :N]

@@ -11,6 +11,7 @@ Thread blocks are persistent: there is one per multiprocessor, and each works th
 of the tiles in the same order in both roles.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,17 +20,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# One K block of FP8 is one 128-byte swizzled row, one TMA box and one scale.
+FP8 = jnp.float8_e4m3fn
+# One scale, one slot of the ring.
 K_BLOCK = 128
-OPERAND_TRANSFORMS = (plgpu.TilingTransform((8, K_BLOCK)), plgpu.SwizzleTransform(K_BLOCK))
 
 # The producer only issues copies. What it gives up goes to the consumers' accumulators.
 _REGISTERS = 512
 _PRODUCER_REGISTERS = 40
 _MAX_REGISTERS = 240
 
-# Bytes of SMEM one thread block may have, less what the barriers and the compiler take.
-SMEM_BYTES = 232448 - 2048
+# Bytes of SMEM that a thread block may have, less what barriers and the compiler take.
+_SMEM_BYTES = 232448 - 2048
 
 
 def cdiv(a: int, b: int) -> int:
@@ -42,9 +43,26 @@ def round_up(a: int, multiple: int) -> int:
     return cdiv(a, multiple) * multiple
 
 
+def swizzled(cols: int, dtype: Any) -> tuple[plgpu.Transform, plgpu.Transform]:
+    """The tiling of an SMEM tile of a GMEM matrix with `cols` columns.
+
+    Tiles are 8 rows of 128 bytes, or of 64 or 32 bytes where `cols` is ragged: TMA reads what
+    lies outside the matrix as zeros, but only whole tiles at a time. So `cols` has to be a
+    multiple of 32, as rows have to be one of 8, or fewer than 8.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    tile = math.gcd(cols, 128 // itemsize)
+    return plgpu.TilingTransform((8, tile)), plgpu.SwizzleTransform(tile * itemsize)
+
+
 def next_slot(slot: Any, stages: int) -> Any:
     """The slot after `slot` in a ring of `stages`."""
     return jnp.where(slot == stages - 1, 0, slot + 1)
+
+
+def ring_stages(slot_bytes: int, result_bytes: int, steps: int, most: int) -> int:
+    """Depth of the ring: what fits beside the result, and at least 2."""
+    return max(2, min(most, (_SMEM_BYTES - result_bytes) // slot_bytes, steps))
 
 
 def for_each_tile(tiles: int, init: Any, body: Callable[[Any, Any], Any]) -> Any:

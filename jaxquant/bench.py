@@ -1,0 +1,124 @@
+"""Timing a checkpoint end to end: load, prefill, decode, in BF16 and in FP8."""
+
+import dataclasses
+import os
+import platform
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxquant.checkpoint.hub import resolve
+from jaxquant.comparison import timed_load
+from jaxquant.config import QuantConfig
+from jaxquant.errors import JaxquantError
+from jaxquant.language_model import LanguageModel
+from jaxquant.report import format_bytes, format_table
+
+_REPEATS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One model's times; the median of three runs, compilation apart.
+
+    Attributes:
+      name: for people.
+      nbytes: of its parameters.
+      load_seconds: from the page cache or disk, as it is, compilation included.
+      prefill_tokens_per_second: prompt tokens of all rows.
+      decode_tokens_per_second: new tokens of all rows.
+      decode_step_ms: one token of each row.
+    """
+
+    name: str
+    nbytes: int
+    load_seconds: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    decode_step_ms: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Timings that print as a table."""
+
+    device: str
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    timings: tuple[Timing, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"jax": jax.__version__, **dataclasses.asdict(self)}
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                t.name,
+                format_bytes(t.nbytes),
+                f"{t.load_seconds:.2f} s",
+                f"{t.prefill_tokens_per_second:.0f}",
+                f"{t.decode_tokens_per_second:.1f}",
+                f"{t.decode_step_ms:.2f}",
+            )
+            for t in self.timings
+        ]
+        head = ("model", "size", "load", "prefill tok/s", "decode tok/s", "ms/step")
+        return (
+            f"{self.device}, jax {jax.__version__}, batch {self.batch}, "
+            f"{self.prompt_tokens} prompt and {self.new_tokens} new tokens\n"
+            f"{format_table(head, rows)}"
+        )
+
+
+def bench(
+    path_or_hub_id: str | os.PathLike,
+    config: QuantConfig,
+    *,
+    batch: int = 1,
+    prompt_tokens: int = 128,
+    new_tokens: int = 64,
+) -> Bench:
+    """Times a checkpoint as it is and, unless it is FP8 already, as FP8.
+
+    Raises:
+      JaxquantError: sizes that do not fit the model's context, or are not positive.
+      CheckpointError: a checkpoint that cannot be loaded.
+    """
+    if batch < 1 or prompt_tokens < 1 or new_tokens < 2:
+        raise JaxquantError("batch and prompt tokens start at 1, new tokens at 2")
+    path = resolve(path_or_hub_id)
+    timings = []
+    for quantization in (None, config):
+        model, seconds = timed_load(path, quantization)
+        name = model.quant_config.fmt if model.quant_config else "bfloat16"
+        timings.append(_time(name, model, seconds, batch, prompt_tokens, new_tokens))
+        if model.quant_config:
+            break
+    device = jax.devices()[0]
+    kind = platform.processor() or platform.machine() if device.platform == "cpu" else ""
+    return Bench(f"{device.device_kind} {kind}".strip(), batch, prompt_tokens, new_tokens,
+                 tuple(timings))  # fmt: skip
+
+
+def _time(name: str, model: LanguageModel, load_seconds: float, B: int, T: int, new: int) -> Timing:
+    vocab = model.module.cfg.vocab_size
+    prompts = np.random.default_rng(0).integers(0, vocab, (B, T)).tolist()
+
+    def run(n: int) -> float:
+        start = time.perf_counter()
+        model.generate(prompts, max_new_tokens=n, stop_tokens=())
+        return time.perf_counter() - start
+
+    def median(n: int) -> float:
+        run(n)  # compiles
+        return sorted(run(n) for _ in range(_REPEATS))[_REPEATS // 2]
+
+    # One new token is prefill and one step; the rest is steps.
+    first, total = median(1), median(new)
+    step = max(total - first, 1e-9) / (new - 1)
+    prefill = max(first - step, 1e-9)
+    return Timing(name, model.nbytes, load_seconds, B * T / prefill, B / step, step * 1e3)

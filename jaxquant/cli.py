@@ -1,0 +1,249 @@
+"""The command line: `jaxquant demo | quantize | inspect | generate | eval | bench`."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxquant.config import QuantConfig
+from jaxquant.errors import JaxquantError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+      The exit status: 0 for success, 1 for an error (one line on stderr), 2 for wrong usage, 130
+      if it was interrupted.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        print("jaxquant: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `jaxquant inspect DIR | head`
+        sys.stderr.close()
+        return 0
+    except (JaxquantError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"jaxquant: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    import jaxquant
+
+    parser = argparse.ArgumentParser(
+        prog="jaxquant", description="Blocked FP8 for JAX: quantize, compare and run LLMs."
+    )
+    parser.add_argument("--version", action="version", version=f"jaxquant {jaxquant.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Any, about: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about)
+        sub.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+        sub.set_defaults(run=run)
+        return sub
+
+    demo = command("demo", _demo, "load a real chat model, quantize it, compare it, talk to it")
+    demo.add_argument(
+        "--model", help="a checkpoint folder or hub id (default: SmolLM2-135M-Instruct from PyPI)"
+    )
+    demo.add_argument("--prompt", default="Hi, pls intro yourself", help="what to ask the model")
+    demo.add_argument(
+        "--output", type=Path, default=Path("demo-output"), help="where the chart goes"
+    )
+
+    quantize = command("quantize", _quantize, "write a BF16 checkpoint as blocked FP8")
+    quantize.add_argument("source", metavar="SRC", help="a checkpoint folder or hub id")
+    quantize.add_argument("directory", metavar="DST", type=Path, help="the folder to write")
+    _add_config(quantize)
+    quantize.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DST")
+    _add_json(quantize)
+
+    inspect = command("inspect", _inspect, "show what a checkpoint holds, from its headers alone")
+    inspect.add_argument("source", metavar="DIR", help="a checkpoint folder or hub id")
+    _add_json(inspect)
+
+    generate = command("generate", _generate, "continue a prompt, streamed")
+    generate.add_argument("source", metavar="DIR", help="a checkpoint folder or hub id")
+    generate.add_argument("prompt", metavar="PROMPT")
+    _add_load(generate)
+    generate.add_argument("--plain", action="store_true", help="no chat template")
+    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    generate.add_argument("--top-k", type=int, default=0, metavar="K")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    generate.add_argument("--min-p", type=float, default=0.0, metavar="P")
+    generate.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--stop", action="append", default=[], help="may be given repeatedly")
+    _add_json(generate)
+
+    evaluate = command("eval", _eval, "perplexity of FP8 and its KL divergence from BF16")
+    evaluate.add_argument("source", metavar="DIR", help="a checkpoint folder or hub id")
+    evaluate.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text")
+    evaluate.add_argument("--window", type=int, default=1024, help="tokens read at once (1024)")
+    evaluate.add_argument("--windows", type=int, help="how many (default: all of the text)")
+    evaluate.add_argument(
+        "--against", metavar="DIR", help="the BF16 checkpoint, if DIR is FP8 already"
+    )
+    _add_config(evaluate)
+    _add_dtype(evaluate)
+    _add_json(evaluate)
+
+    bench = command("bench", _bench, "time loading, prefill and decode in BF16 and FP8")
+    bench.add_argument("source", metavar="DIR", help="a checkpoint folder or hub id")
+    bench.add_argument("--batch", type=int, default=1)
+    bench.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
+    bench.add_argument("--new-tokens", type=int, default=64, metavar="N")
+    _add_config(bench)
+    _add_json(bench)
+    return parser
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON for a script")
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--block-size", type=int, nargs="+", default=[128], metavar="N",
+                        help="one size, or two: out in (128)")  # fmt: skip
+    parser.add_argument("--fmt", choices=("e4m3", "e5m2"), default="e4m3")
+    parser.add_argument("--scale-fmt", choices=("ue8m0",), help="scales as powers of two")
+    parser.add_argument("--weight-only", action="store_true", help="leave activations in BF16")
+    parser.add_argument("--keep", action="append", default=[], metavar="MODULE",
+                        help="a module path that stays as it is; may be repeated")  # fmt: skip
+
+
+def _add_load(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--fp8", action="store_true", help="quantize while loading")
+    _add_config(parser)
+    _add_dtype(parser)
+
+
+def _config(args: argparse.Namespace) -> QuantConfig:
+    size = args.block_size
+    return QuantConfig(
+        fmt=args.fmt,
+        activation_scheme=None if args.weight_only else "dynamic",
+        weight_block_size=size[0] if len(size) == 1 else tuple(size),
+        scale_fmt=args.scale_fmt,
+        modules_to_not_convert=tuple(args.keep),
+    )
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from jaxquant.demo import run
+
+    run.demo(args.model, args.prompt, args.output)
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    from jaxquant.checkpoint.export import quantize_checkpoint
+    from jaxquant.checkpoint.hub import resolve
+
+    report = quantize_checkpoint(
+        resolve(args.source), args.directory, _config(args), overwrite=args.overwrite
+    )
+    if args.json:
+        _print_json(report.to_dict())
+    else:
+        print(report)
+        print(f"written to {args.directory}")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from jaxquant.checkpoint import inspect
+
+    result = inspect.inspect(args.source)
+    if args.json:
+        _print_json(result.to_dict())
+    else:
+        print(result)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from jaxquant.pipeline import pipeline
+
+    if not args.fp8 and _config(args) != QuantConfig():
+        raise JaxquantError(
+            "options of the quantization came without --fp8; add --fp8, or leave them out"
+        )
+    pipe = pipeline(
+        args.source,
+        _config(args) if args.fp8 else None,
+        chat=False if args.plain else None,
+        dtype=args.dtype,
+    )
+    options = {
+        name: getattr(args, name)
+        for name in (
+            "max_new_tokens",
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "seed",
+            "stop",
+        )
+    }
+    if args.json:
+        _print_json(dataclasses.asdict(pipe(args.prompt, **options)))
+        return
+    for piece in pipe.stream(args.prompt, **options):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from jaxquant.comparison import compare
+
+    try:
+        text = args.text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise JaxquantError(f"{args.text}: not UTF-8 text: {error}") from None
+    result = compare(
+        args.source,
+        text,
+        _config(args),
+        against=args.against,
+        dtype=args.dtype,
+        window=args.window,
+        count=args.windows,
+    )
+    if args.json:
+        _print_json(result.to_dict())
+    else:
+        print(result)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from jaxquant.bench import bench
+
+    result = bench(
+        args.source,
+        _config(args),
+        batch=args.batch,
+        prompt_tokens=args.prompt_tokens,
+        new_tokens=args.new_tokens,
+    )
+    if args.json:
+        _print_json(result.to_dict())
+    else:
+        print(result)

@@ -1,0 +1,84 @@
+"""Perplexity of a model on a text, and its KL divergence from another model."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from jaxquant.errors import JaxquantError
+from jaxquant.language_model import LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How well a model predicts a text.
+
+    Attributes:
+      tokens: how many were predicted: all but the first of each window.
+      perplexity: exp of the mean negative log likelihood, in nats.
+      kl: mean KL(reference || model) in nats, or None without a reference.
+      agreement: share of tokens for which both models' most likely one is the same, or None.
+    """
+
+    tokens: int
+    perplexity: float
+    kl: float | None = None
+    agreement: float | None = None
+
+
+def windows(tokens: Sequence[int], size: int = 1024, count: int | None = None) -> np.ndarray:
+    """Cuts a text into windows `[count, size]` int32, each read with nothing before it.
+
+    Raises:
+      JaxquantError: the text is shorter than two tokens, or than count * size.
+    """
+    size = min(size, len(tokens))
+    have = len(tokens) // size if size > 1 else 0
+    count = have if count is None else count
+    if not have or count > have:
+        raise JaxquantError(
+            f"the text has {len(tokens)} tokens; {max(count, 1)} windows of {max(size, 2)} "
+            "tokens need more text"
+        )
+    return np.asarray(tokens[: count * size], np.int32).reshape(count, size)
+
+
+def evaluate(
+    model: LanguageModel,
+    tokens: Int[np.ndarray, "count size"],
+    reference: LanguageModel | None = None,
+) -> Evaluation:
+    """Scores a model on windows of tokens, one window at a time.
+
+    Args:
+      model: the model.
+      tokens: from `windows`.
+      reference: what to compare with, usually the model that is not quantized.
+    """
+    totals = np.zeros(3)
+    for window in tokens:
+        scores = _score(model.module, reference and reference.module, window[None])
+        totals += np.asarray(jax.device_get(scores), np.float64)
+    n = tokens.shape[0] * (tokens.shape[1] - 1)
+    nll, kl, agreement = totals / n
+    compared = (float(kl), float(agreement)) if reference is not None else (None, None)
+    return Evaluation(n, math.exp(nll), *compared)
+
+
+@jax.jit
+def _score(module: Any, reference: Any, tokens: Array) -> tuple[Array, Array, Array]:
+    """Sums over a window: negative log likelihood, KL divergence, equal most likely tokens."""
+    logits = module(tokens)[:, :-1]
+    logp = jax.nn.log_softmax(logits)
+    nll = -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1).sum()
+    if reference is None:
+        return nll, jnp.zeros(()), jnp.zeros(())
+    ref_logp = jax.nn.log_softmax(reference(tokens)[:, :-1])
+    kl = (jnp.exp(ref_logp) * (ref_logp - logp)).sum()
+    same = (jnp.argmax(logp, -1) == jnp.argmax(ref_logp, -1)).sum()
+    return nll, kl, same.astype(jnp.float32)
