@@ -49,8 +49,9 @@ def quantize(
     """
     config = config or QuantConfig()
     check_quantizable(w)
+    w = jnp.asarray(w)  # numpy's float64 becomes float32
     qvalue, scale = _quantize(
-        jnp.asarray(w),
+        w,
         config.weight_block_size,
         config.fmt_dtype,
         WEIGHT_AMAX_FLOOR,

@@ -7,11 +7,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxquant.array import QuantizedArray
 from jaxquant.errors import JaxquantError
-from jaxquant.matmul import xla
+from jaxquant.matmul import mosaic_gpu, xla
 
 # Tried in this order. One that cannot run raises NotImplementedError with the reason; the plain
 # XLA reference runs anywhere, so it is last.
-IMPLEMENTATIONS = {"xla": xla.matmul}
+IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu.matmul, "xla": xla.matmul}
 
 
 def matmul(

@@ -1,0 +1,64 @@
+# `make demo` and `make test` need nothing but a Python >= 3.12; each makes a virtual environment
+# of its own, and installs a CUDA jaxlib if there is an NVIDIA GPU.
+
+SUITABLE := import sys; sys.exit(sys.version_info < (3, 12))
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python; do \
+	$$p -c '$(SUITABLE)' >/dev/null 2>&1 && { echo $$p; break; }; done)
+# The first line of nvidia-smi's table names the CUDA version that the driver supports.
+CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA.* Version: *\([0-9]*\).*/\1/p' | head -n 1)
+GPU_EXTRA := $(if $(CUDA),$(if $(filter 12,$(CUDA)),$(comma)cuda12,$(comma)cuda13))
+
+comma := ,
+VENV := .venv
+PIP_FLAGS := --quiet --disable-pip-version-check
+
+.PHONY: demo test lint types notebooks test-lowest clean help
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: $(VENV)/demo/.done ## load a real chat model, quantize it to FP8, compare, chat
+	@$(VENV)/demo/bin/jaxquant demo
+
+test: $(VENV)/test/.done ## run all tests
+	@model=$$($(VENV)/test/bin/python -c 'from jaxquant.demo.run import smollm2; print(smollm2())' \
+		| tail -n 1) || exit 1; \
+	JAXQUANT_TEST_MODEL=$$model $(VENV)/test/bin/python -m pytest
+
+lint: $(VENV)/test/.dev ## ruff: lint and format
+	@$(VENV)/test/bin/ruff check . && $(VENV)/test/bin/ruff format --check .
+
+types: $(VENV)/test/.dev ## pyright
+	@$(VENV)/test/bin/pyright --pythonpath $(VENV)/test/bin/python
+
+notebooks: $(VENV)/test/.dev ## run the notebooks
+	@$(VENV)/test/bin/python -m pytest --nbmake notebooks
+
+test-lowest: $(VENV)/lowest/.done ## run the core tests with the lowest allowed versions
+	@$(VENV)/lowest/bin/python -m pytest tests --ignore tests/demo -p no:cacheprovider
+
+clean: ## remove the virtual environments
+	rm -rf $(VENV)
+
+# $(call install,NAME,WHAT): make the environment NAME and install WHAT into it.
+define install
+	@test -n "$(PYTHON)" || { echo "make: no Python >= 3.12 found; set PYTHON=..." >&2; exit 1; }
+	@echo "Installing into $(VENV)/$(1) with $$($(PYTHON) --version)$(if $(CUDA), for CUDA $(CUDA))"
+	@$(PYTHON) -m venv $(VENV)/$(1)
+	@$(VENV)/$(1)/bin/python -m pip install $(PIP_FLAGS) $(2)
+	@touch $@
+endef
+
+$(VENV)/demo/.done: pyproject.toml
+	$(call install,demo,-e '.[demo$(GPU_EXTRA)]')
+
+$(VENV)/test/.done: pyproject.toml
+	$(call install,test,-e '.[test$(GPU_EXTRA)]')
+
+$(VENV)/test/.dev: $(VENV)/test/.done
+	@$(VENV)/test/bin/python -m pip install $(PIP_FLAGS) -e '.[dev]'
+	@touch $@
+
+$(VENV)/lowest/.done: pyproject.toml constraints-lowest.txt
+	$(call install,lowest,-e '.[test]' -c constraints-lowest.txt)
