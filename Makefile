@@ -4,11 +4,11 @@
 SUITABLE := import sys; sys.exit(sys.version_info < (3, 12))
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python; do \
 	$$p -c '$(SUITABLE)' >/dev/null 2>&1 && { echo $$p; break; }; done)
+comma := ,
 # The first line of nvidia-smi's table names the CUDA version that the driver supports.
 CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA.* Version: *\([0-9]*\).*/\1/p' | head -n 1)
 GPU_EXTRA := $(if $(CUDA),$(if $(filter 12,$(CUDA)),$(comma)cuda12,$(comma)cuda13))
 
-comma := ,
 VENV := .venv
 PIP_FLAGS := --quiet --disable-pip-version-check
 

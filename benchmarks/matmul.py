@@ -1,6 +1,6 @@
 """Times `jaxquant.matmul` on a GPU against XLA's BF16 dot and against the XLA reference.
 
-    python benchmarks/matmul.py [-o benchmarks/results/matmul.md]
+    python benchmarks/matmul.py [-m 1 4096] [-o benchmarks/results/matmul.md]
 
 A time is that of everything one product launches, the quantization of its activations included,
 by two clocks:
@@ -10,7 +10,7 @@ by two clocks:
              the gaps between kernels and what the host takes to launch them
 
 Each product in that function has operands of its own, random, together more than the L2 cache
-holds where the shape allows it (at most 8 sets). Medians.
+holds where the shape allows it (at most 6 sets). Medians.
 """
 
 import argparse
@@ -20,7 +20,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -42,7 +41,7 @@ NKS = (
     (192, 576),
 )
 ROTATED_BYTES = 200 << 20
-MAX_SETS = 8
+MAX_SETS = 6
 REPEATS = 5
 
 
@@ -67,7 +66,9 @@ def operands(M: int, N: int, K: int) -> tuple[list[jax.Array], list[jax.Array], 
 
     @jax.jit
     def make(key):
-        x, w = (jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(jax.random.split(key), shapes))
+        x, w = (
+            jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(jax.random.split(key), shapes)
+        )
         return x, w, jq.quantize(w)
 
     shapes = ((M, K), (N, K))
@@ -107,18 +108,14 @@ def elapsed_microseconds(run: Any, args: Sequence[Any], products: int) -> float:
     return statistics.median(times) * 1e6 / (calls * products)
 
 
-def measure(M: int, N: int, K: int, pool: ThreadPoolExecutor) -> dict[str, tuple[float, float]]:
+def measure(M: int, N: int, K: int) -> dict[str, tuple[float, float]]:
     """(kernels, elapsed) in microseconds, by implementation."""
     xs, ws, qs = operands(M, N, K)
-    args = {"bf16": (xs, ws), "mosaic_gpu": (xs, qs), "xla": (xs[:2], qs[:2])}
-    runs: dict[str, Future] = {
-        run.__name__: pool.submit(lambda r: jax.jit(each(r)).lower(*args[r.__name__]).compile(), run)
-        for run in (bf16, mosaic_gpu, xla)
-    }
     times = {}
-    for name, run in runs.items():
-        timed = run.result(), args[name], len(args[name][0])
-        times[name] = (kernel_microseconds(*timed), elapsed_microseconds(*timed))
+    for product, weights in ((bf16, ws), (mosaic_gpu, qs), (xla, qs)):
+        run = jax.jit(each(product)).lower(xs, weights).compile()
+        timed = run, (xs, weights), len(xs)
+        times[product.__name__] = (kernel_microseconds(*timed), elapsed_microseconds(*timed))
     return times
 
 
@@ -140,6 +137,7 @@ def main() -> None:
     date = datetime.date.today().isoformat()
     default = pathlib.Path(__file__).parent / "results" / f"matmul-{date}.md"
     parser.add_argument("-o", "--output", type=pathlib.Path, default=default)
+    parser.add_argument("-m", "--tokens", type=int, nargs="+", default=MS, metavar="M")
     args = parser.parse_args()
 
     device = jax.devices()[0]
@@ -154,12 +152,11 @@ def main() -> None:
     lines = [title, HEADER]
     print("\n".join(lines), flush=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(8) as pool:
-        for M in MS:
-            for N, K in NKS:
-                lines.append(row(M, N, K, measure(M, N, K, pool)))
-                print(lines[-1], flush=True)
-                args.output.write_text("\n".join(lines) + "\n")
+    for M in args.tokens:
+        for N, K in NKS:
+            lines.append(row(M, N, K, measure(M, N, K)))
+            print(lines[-1], flush=True)
+            args.output.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedArray:
     """A matrix (or a stack of them) in blocked FP8, stored K-major: the contraction axis last.
 
@@ -67,7 +67,7 @@ class QuantizedArray:
         return blocked.dequantize(self, self.dtype if dtype is None else dtype)
 
     def __repr__(self) -> str:
-        if not hasattr(self.qvalue, "dtype"):  # tree_map puts other things in the leaves
+        if getattr(self.qvalue, "ndim", 0) < 2:  # tree_map puts other things in the leaves
             return f"QuantizedArray(qvalue={self.qvalue!r}, scale={self.scale!r})"
         bo, bi = self.block_size
         shape = ",".join(map(str, self.shape))
@@ -81,4 +81,4 @@ def nbytes(x: Any) -> int:
     """Bytes of an array, a ShapeDtypeStruct or a QuantizedArray."""
     if isinstance(x, QuantizedArray):
         return x.nbytes
-    return int(np.prod(x.shape)) * jnp.dtype(x.dtype).itemsize
+    return int(np.prod(x.shape)) * x.dtype.itemsize

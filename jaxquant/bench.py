@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxquant.checkpoint.hub import resolve
-from jaxquant.comparison import timed_load
+from jaxquant.comparison import kind, timed_load
 from jaxquant.config import QuantConfig
 from jaxquant.errors import JaxquantError
 from jaxquant.language_model import LanguageModel
@@ -76,37 +76,43 @@ class Bench:
 
 def bench(
     path_or_hub_id: str | os.PathLike,
-    config: QuantConfig,
+    config: QuantConfig | None = None,
     *,
     batch: int = 1,
     prompt_tokens: int = 128,
     new_tokens: int = 64,
 ) -> Bench:
-    """Times a checkpoint as it is and, unless it is FP8 already, as FP8.
+    """Times a checkpoint as it is and as FP8, unless it is FP8 already and no config is given.
 
     Raises:
       JaxquantError: sizes that do not fit the model's context, or are not positive.
       CheckpointError: a checkpoint that cannot be loaded.
     """
     if batch < 1 or prompt_tokens < 1 or new_tokens < 2:
-        raise JaxquantError("batch and prompt tokens start at 1, new tokens at 2")
+        raise JaxquantError(
+            f"batch {batch}, {prompt_tokens} prompt tokens, {new_tokens} new tokens; "
+            "allowed: at least 1, 1 and 2"
+        )
     path = resolve(path_or_hub_id)
     timings = []
-    for quantization in (None, config):
+    for quantization in (None, config or QuantConfig()):
         model, seconds = timed_load(path, quantization)
-        name = model.quant_config.fmt if model.quant_config else "bfloat16"
-        timings.append(_time(name, model, seconds, batch, prompt_tokens, new_tokens))
-        if model.quant_config:
+        timings.append(_time(kind(model), model, seconds, batch, prompt_tokens, new_tokens))
+        if model.quant_config and config is None:
             break
     device = jax.devices()[0]
-    kind = platform.processor() or platform.machine() if device.platform == "cpu" else ""
-    return Bench(f"{device.device_kind} {kind}".strip(), batch, prompt_tokens, new_tokens,
+    cpu = platform.processor() or platform.machine() if device.platform == "cpu" else ""
+    return Bench(f"{device.device_kind} {cpu}".strip(), batch, prompt_tokens, new_tokens,
                  tuple(timings))  # fmt: skip
 
 
 def _time(name: str, model: LanguageModel, load_seconds: float, B: int, T: int, new: int) -> Timing:
-    vocab = model.module.cfg.vocab_size
-    prompts = np.random.default_rng(0).integers(0, vocab, (B, T)).tolist()
+    cfg = model.module.cfg
+    if T + new > cfg.max_position:
+        raise JaxquantError(
+            f"{T} prompt and {new} new tokens; the context of the model is {cfg.max_position}"
+        )
+    prompts = np.random.default_rng(0).integers(0, cfg.vocab_size, (B, T)).tolist()
 
     def run(n: int) -> float:
         start = time.perf_counter()

@@ -100,7 +100,7 @@ def dequantize(qa: QuantizedArray, dtype: Any = jnp.bfloat16) -> Float[Array, ".
 @functools.partial(jax.jit, static_argnums=1)
 def _dequantize(qa: QuantizedArray, dtype: Any) -> Array:
     scale = expand_blocks(qa.scale, qa.block_size, qa.qvalue.shape)
-    w = (qa.qvalue.astype(jnp.float32) * scale).astype(dtype)
+    w = (widen(qa.qvalue) * scale).astype(dtype)
     return w.mT if qa.transposed else w
 
 
@@ -177,21 +177,31 @@ def take_layer(stack: Array, layer: Any) -> Array:
     return lax.bitcast_convert_type(layer_bytes, stack.dtype)
 
 
-def put_layer(stack: Array, value: Array, layer: Any) -> Array:
-    """The stack with `stack[layer] = value`, FP8 moved as bytes; in place if donated."""
-    new = lax.dynamic_update_index_in_dim(_bytes(stack), _bytes(value), layer, 0)
-    return lax.bitcast_convert_type(new, stack.dtype)
+def put(param: Array, rows: Array, layer: Any, row: Any) -> Array:
+    """`param` with `param[layer, row : row + len(rows)] = rows`, moved as bytes.
+
+    In place if `param` is donated. `layer` is None if there is no axis of layers.
+    """
+    start = (row, *(0 for _ in rows.shape[1:]))
+    if layer is not None:
+        rows, start = rows[None], (layer, *start)
+    new = lax.dynamic_update_slice(_bytes(param), _bytes(rows), start)
+    return lax.bitcast_convert_type(new, param.dtype)
 
 
 def _bytes(x: Array) -> Array:
     return lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.itemsize == 1 else x
 
 
-def e4m3_to_float32(qvalue: Array) -> Array:
-    """Widens float8_e4m3fn by its bits, which XLA:CPU vectorizes, unlike its own conversion.
+def widen(qvalue: Array) -> Float32[Array, "..."]:
+    """FP8 values in float32, exactly."""
+    if qvalue.dtype == jnp.float8_e4m3fn and jax.default_backend() == "cpu":
+        return _widen_e4m3(qvalue)  # XLA:CPU vectorizes this, unlike its own conversion
+    return qvalue.astype(jnp.float32)
 
-    With exponent e and mantissa m, the value is 2^(e - 7) * (1 + m / 8), or m * 2^-9 if e = 0.
-    """
+
+def _widen_e4m3(qvalue: Array) -> Array:
+    # With exponent e and mantissa m, the value is 2^(e - 7) * (1 + m / 8), or m * 2^-9 if e = 0.
     bits = _bytes(qvalue).astype(jnp.uint32)
     magnitude = bits & 0x7F
     normal = lax.bitcast_convert_type((magnitude + ((127 - 7) << 3)) << 20, jnp.float32)

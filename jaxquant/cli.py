@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,16 +23,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("jaxquant: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `jaxquant inspect DIR | head`
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 0
     except (JaxquantError, OSError) as error:
         if args.debug:
             raise
-        print(f"jaxquant: error: {error}", file=sys.stderr)
+        print("jaxquant: error:", *str(error).splitlines(), file=sys.stderr)
         return 1
     return 0
 
@@ -117,8 +119,8 @@ def _add_dtype(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--block-size", type=int, nargs="+", default=[128], metavar="N",
-                        help="one size, or two: out in (128)")  # fmt: skip
+    parser.add_argument("--block-size", type=_block_size, default=(128, 128), metavar="N",
+                        help="128 (default), or out x in: 64x128")  # fmt: skip
     parser.add_argument("--fmt", choices=("e4m3", "e5m2"), default="e4m3")
     parser.add_argument("--scale-fmt", choices=("ue8m0",), help="scales as powers of two")
     parser.add_argument("--weight-only", action="store_true", help="leave activations in BF16")
@@ -132,15 +134,25 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
     _add_dtype(parser)
 
 
+def _block_size(text: str) -> tuple[int, int]:
+    out, _, contracting = text.partition("x")
+    return int(out), int(contracting or out)
+
+
 def _config(args: argparse.Namespace) -> QuantConfig:
-    size = args.block_size
     return QuantConfig(
         fmt=args.fmt,
         activation_scheme=None if args.weight_only else "dynamic",
-        weight_block_size=size[0] if len(size) == 1 else tuple(size),
+        weight_block_size=args.block_size,
         scale_fmt=args.scale_fmt,
         modules_to_not_convert=tuple(args.keep),
     )
+
+
+def _asked_config(args: argparse.Namespace) -> QuantConfig | None:
+    """The config if its options say anything, else None: a checkpoint that is FP8 stays so."""
+    config = _config(args)
+    return None if config == QuantConfig() else config
 
 
 def _print_json(value: Any) -> None:
@@ -180,7 +192,7 @@ def _inspect(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     from jaxquant.pipeline import pipeline
 
-    if not args.fp8 and _config(args) != QuantConfig():
+    if not args.fp8 and _asked_config(args):
         raise JaxquantError(
             "options of the quantization came without --fp8; add --fp8, or leave them out"
         )
@@ -221,7 +233,7 @@ def _eval(args: argparse.Namespace) -> None:
     result = compare(
         args.source,
         text,
-        _config(args),
+        _asked_config(args),
         against=args.against,
         dtype=args.dtype,
         window=args.window,
@@ -238,7 +250,7 @@ def _bench(args: argparse.Namespace) -> None:
 
     result = bench(
         args.source,
-        _config(args),
+        _asked_config(args),
         batch=args.batch,
         prompt_tokens=args.prompt_tokens,
         new_tokens=args.new_tokens,

@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant.checkpoint.folder import CONFIG_NAME, read_json_object
 from jaxquant.checkpoint.hub import resolve
+from jaxquant.checkpoint.stored import stored_quantization
 from jaxquant.config import QuantConfig
 from jaxquant.evaluation import Evaluation, evaluate, windows
 from jaxquant.language_model import LanguageModel, from_pretrained
@@ -67,7 +69,7 @@ class Comparison:
 def compare(
     path_or_hub_id: str | os.PathLike,
     text: str,
-    config: QuantConfig,
+    config: QuantConfig | None = None,
     *,
     against: str | os.PathLike | None = None,
     dtype: Any = jnp.bfloat16,
@@ -79,7 +81,7 @@ def compare(
     Args:
       path_or_hub_id: the checkpoint to quantize; or, with `against`, one that is FP8 already.
       text: what to predict.
-      config: how to quantize; must fit what the checkpoint has if it is FP8 already.
+      config: how to quantize; default `QuantConfig()`, or as it is if it is FP8 already.
       against: the reference; default the same checkpoint, not quantized.
       dtype: of activations.
       window: tokens read at once.
@@ -93,13 +95,21 @@ def compare(
     tokens = Tokenizer.from_folder(path).encode(text, add_special_tokens=False)
     tokens = windows(tokens, window, count)
     reference, seconds = timed_load(against or path, None, dtype)
-    kind = "as stored" if reference.quant_config else jnp.dtype(dtype).name
-    rows = [Row(kind, reference.nbytes, seconds, evaluate(reference, tokens))]
-    if reference.quant_config is None:
-        model, seconds = timed_load(path, config, dtype)
-        name = "FP8 W8A8" if config.activation_scheme else "FP8 W8A16"
-        rows.append(Row(name, model.nbytes, seconds, evaluate(model, tokens, reference)))
+    rows = [Row(kind(reference), reference.nbytes, seconds, evaluate(reference, tokens))]
+    source = path / CONFIG_NAME
+    stored = stored_quantization(read_json_object(source), str(source))
+    if config or against or not stored:
+        model, seconds = timed_load(path, config or (None if stored else QuantConfig()), dtype)
+        scores = evaluate(model, tokens, reference)
+        rows.append(Row(kind(model), model.nbytes, seconds, scores))
     return Comparison(tuple(rows))
+
+
+def kind(model: LanguageModel) -> str:
+    """What a model computes in, for people: `bfloat16`, `FP8 W8A8` or `FP8 W8A16`."""
+    if model.quant_config is None:
+        return jnp.dtype(model.module.embed_tokens.weight.get_value().dtype).name
+    return "FP8 W8A8" if model.quant_config.activation_scheme else "FP8 W8A16"
 
 
 def timed_load(

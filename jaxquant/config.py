@@ -137,8 +137,8 @@ class QuantConfig:
                 near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(known)}"
                 raise ConfigError(str(key), value, f"no such key; {hint}")
-        keep = _names("modules_to_not_convert", fields.get("modules_to_not_convert") or ())
-        also = _names("ignored_layers", foreign.get("ignored_layers") or ())
+        keep = _names("modules_to_not_convert", fields.get("modules_to_not_convert"))
+        also = _names("ignored_layers", foreign.get("ignored_layers"))
         fields["modules_to_not_convert"] = tuple(dict.fromkeys(keep + also))
         return cls(**fields, foreign=foreign)
 

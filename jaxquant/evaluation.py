@@ -35,17 +35,21 @@ def windows(tokens: Sequence[int], size: int = 1024, count: int | None = None) -
     """Cuts a text into windows `[count, size]` int32, each read with nothing before it.
 
     Raises:
-      JaxquantError: the text is shorter than two tokens, or than count * size.
+      JaxquantError: the text is shorter than two tokens, or than count * size; size is less than
+        2, or count less than 1.
     """
-    size = min(size, len(tokens))
-    have = len(tokens) // size if size > 1 else 0
-    count = have if count is None else count
-    if not have or count > have:
+    if size < 2 or (count is not None and count < 1):
         raise JaxquantError(
-            f"the text has {len(tokens)} tokens; {max(count, 1)} windows of {max(size, 2)} "
-            "tokens need more text"
+            f"{count} windows of {size} tokens; allowed: at least 1 window of at least 2 tokens"
         )
-    return np.asarray(tokens[: count * size], np.int32).reshape(count, size)
+    length = min(size, len(tokens))
+    have = len(tokens) // length if length > 1 else 0
+    count = count or max(have, 1)
+    if count > have:
+        raise JaxquantError(
+            f"the text has {len(tokens)} tokens; {count} windows of {size} tokens need more text"
+        )
+    return np.asarray(tokens[: count * length], np.int32).reshape(count, length)
 
 
 def evaluate(
@@ -59,7 +63,20 @@ def evaluate(
       model: the model.
       tokens: from `windows`.
       reference: what to compare with, usually the model that is not quantized.
+
+    Raises:
+      JaxquantError: windows longer than a model's context, token ids outside its vocabulary, or
+        models of different vocabularies.
     """
+    _check(model, tokens)
+    if reference is not None:
+        _check(reference, tokens)
+        sizes = model.module.cfg.vocab_size, reference.module.cfg.vocab_size
+        if sizes[0] != sizes[1]:
+            raise JaxquantError(
+                f"the models have vocabularies of {sizes[0]} and {sizes[1]} tokens; "
+                "a reference has the same one"
+            )
     totals = np.zeros(3)
     for window in tokens:
         scores = _score(model.module, reference and reference.module, window[None])
@@ -68,6 +85,20 @@ def evaluate(
     nll, kl, agreement = totals / n
     compared = (float(kl), float(agreement)) if reference is not None else (None, None)
     return Evaluation(n, math.exp(nll), *compared)
+
+
+def _check(model: LanguageModel, tokens: np.ndarray) -> None:
+    cfg = model.module.cfg
+    if tokens.shape[1] > cfg.max_position:
+        raise JaxquantError(
+            f"{model.path}: a window has {tokens.shape[1]} tokens; the context of the model is "
+            f"{cfg.max_position}"
+        )
+    if tokens.min() < 0 or tokens.max() >= cfg.vocab_size:
+        raise JaxquantError(
+            f"{model.path}: token ids are {tokens.min()} to {tokens.max()}; "
+            f"allowed: 0 to {cfg.vocab_size - 1}"
+        )
 
 
 @jax.jit

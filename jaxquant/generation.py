@@ -180,7 +180,7 @@ class _Knobs:
             top_p=np.float32(s.top_p),
             min_p=np.float32(s.min_p),
             seed=np.uint32(s.seed),
-            greedy=s.temperature == 0,
+            greedy=s.temperature < 1e-5,  # less would overflow logits / temperature
             filtered=s.top_k > 0 or s.top_p < 1 or s.min_p > 0,
             penalized=s.repetition_penalty != 1,
         )
@@ -251,7 +251,9 @@ def _threshold(logits: Float32[Array, "B V"], knobs: Any) -> Float32[Array, "B 1
     before = jnp.cumsum(probs, axis=-1) - probs
     # A likelihood relative to the most likely token is a difference of logits.
     enough = ranked - ranked[:, :1] >= jnp.log(knobs.min_p)
-    kept = (before < knobs.top_p) & enough & jnp.isfinite(ranked)
+    # Rounded sums reach 1 before the end: a top_p of 1 has to keep what is there too.
+    likely = (before < knobs.top_p) | (knobs.top_p >= 1)
+    kept = likely & enough & jnp.isfinite(ranked)
     return jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
 
 
@@ -261,14 +263,17 @@ def _check(cfg: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> N
     if not len(prompts):
         raise JaxquantError("no prompts came; give at least one")
     for i, prompt in enumerate(prompts):
-        if not len(prompt):
+        ids = np.asarray(prompt)
+        if not ids.size:
             raise JaxquantError(f"prompt {i} is empty; give at least one token")
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise JaxquantError(f"prompt {i} is {prompt!r:.80}; allowed: a sequence of token ids")
         if len(prompt) >= cfg.max_position:
             raise JaxquantError(
                 f"prompt {i} has {len(prompt)} tokens; the context of the model is "
                 f"{cfg.max_position} tokens, with room for at least one new one"
             )
-        low, high = min(prompt), max(prompt)
+        low, high = ids.min(), ids.max()
         if low < 0 or high >= cfg.vocab_size:
             raise JaxquantError(
                 f"prompt {i} has the token id {high if high >= cfg.vocab_size else low}; "

@@ -18,7 +18,7 @@ from jaxquant.checkpoint.hub import resolve
 from jaxquant.checkpoint.loader import load
 from jaxquant.checkpoint.plan import make_plan
 from jaxquant.config import QuantConfig
-from jaxquant.errors import JaxquantError
+from jaxquant.errors import CheckpointError, JaxquantError
 from jaxquant.report import QuantReport
 
 
@@ -50,13 +50,15 @@ class LanguageModel:
         self.quant_config = quant_config
         self.report = report
 
-    def __call__(self, tokens: Int[Array, "batch seq"]) -> Float32[Array, "batch seq vocab"]:
+    def __call__(
+        self, tokens: Int[Array | np.ndarray, "batch seq"]
+    ) -> Float32[Array, "batch seq vocab"]:
         """Logits of every token, float32. Compiled once per shape."""
         return _logits(self.module, jnp.asarray(tokens, jnp.int32))
 
     def generate(
         self,
-        tokens: Int[Array, "batch seq"] | Sequence[Sequence[int]],
+        tokens: Int[Array | np.ndarray, "batch seq"] | Sequence[Sequence[int]],
         *,
         max_new_tokens: int = 256,
         stop_tokens: Sequence[int] | None = None,
@@ -89,7 +91,12 @@ class LanguageModel:
     def stop_tokens(self) -> tuple[int, ...]:
         """The end-of-sequence ids of generation_config.json, or of config.json."""
         ids = self.generation_config.get("eos_token_id", self.hf_config.get("eos_token_id"))
-        return tuple(ids) if isinstance(ids, list) else () if ids is None else (int(ids),)
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(type(i) is int for i in ids):
+            raise CheckpointError(
+                f"{self.path}: eos_token_id is {ids!r}; allowed: a token id or a list of them"
+            )
+        return tuple(ids)
 
     def save_pretrained(self, directory: str | os.PathLike, *, overwrite: bool = False) -> Path:
         """Writes the model as a checkpoint that transformers, vLLM and SGLang load.

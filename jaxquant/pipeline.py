@@ -54,28 +54,33 @@ class Pipeline:
         self.tokenizer = tokenizer
         self.chat = tokenizer.has_chat_template if chat is None else chat
 
-    def __call__(self, prompts: str | Sequence[Conversation], **options: Any) -> Any:
+    def __call__(self, prompts: Conversation | Sequence[Conversation], **options: Any) -> Any:
         """Answers one prompt or a batch.
 
         Args:
-          prompts: a string, or a sequence whose items are strings or conversations
-            (`[{"role": "user", "content": "..."}, ...]`).
+          prompts: a string, a conversation (`[{"role": "user", "content": "..."}, ...]`), or a
+            sequence of strings and conversations.
           **options: `max_new_tokens` (256), `stop` (strings that end the text), `stop_tokens`
             (ids; default the checkpoint's), and what `jaxquant.generation.Sampling` takes:
             `temperature` (0, the default, is greedy), `top_k`, `top_p`, `min_p`,
             `repetition_penalty`, `seed`.
 
         Returns:
-          A Response for a string, else a list of them.
+          A Response for a string or a conversation, else a list of them.
 
         Raises:
           JaxquantError: a prompt that is empty or longer than the context; a bad option, by name.
         """
-        batch = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not isinstance(prompts, Sequence):
+            raise JaxquantError(
+                f"prompts: got {type(prompts).__name__}; pass a string, a conversation, or a list"
+            )
+        one = isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Mapping))
+        batch: Any = [prompts] if one else prompts
         run = _Run(self, batch, generation.LONGEST_CHUNK, **options)
         for _ in run:
             pass
-        return run.responses()[0] if isinstance(prompts, str) else run.responses()
+        return run.responses()[0] if one else run.responses()
 
     def stream(self, prompt: Conversation, **options: Any) -> Iterator[str]:
         """The answer to one prompt, in pieces as they come; options as in a call."""

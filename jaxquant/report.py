@@ -88,7 +88,7 @@ class QuantReport:
 def format_bytes(n: float) -> str:
     """Bytes for people, in decimal units: `135.2 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
-        if abs(n) < 1000:
+        if abs(n) < 999.95:  # which rounds to 1000.0
             return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
         n /= 1000
     return f"{n:.1f} TB"

@@ -189,11 +189,21 @@ def _quantize_measured(
 
 def relative_error(w: jax.Array, qa: QuantizedArray) -> jax.Array:
     """`||w - dequantize(qa)|| / ||w||` (Frobenius), a float32 scalar; 0 if both are zero."""
-    unit = jnp.max(qa.scale)  # squares of large weights would overflow, those of small ones vanish
-    w = w.astype(jnp.float32) / unit
-    error = jnp.linalg.norm((w - qa.dequantize(jnp.float32) / unit).ravel())
-    norm = jnp.linalg.norm(w.ravel())
+    error, norm = error_norms(w, qa)
     return jnp.where(norm == 0, error, error / norm)
+
+
+def error_norms(w: jax.Array, qa: QuantizedArray) -> tuple[jax.Array, jax.Array]:
+    """`||w - dequantize(qa)||` and `||w||` (Frobenius), float32 scalars."""
+    # Squares of large weights would overflow, those of small ones vanish.
+    unit = jnp.max(qa.scale, initial=0)
+
+    def norm(x: jax.Array) -> jax.Array:
+        x = x / unit
+        return unit * jnp.sqrt(jnp.vdot(x, x, precision="highest"))
+
+    w = w.astype(jnp.float32)
+    return norm(w - qa.dequantize(jnp.float32)), norm(w)
 
 
 def _is_quantized(x: Any) -> bool:

@@ -1,5 +1,8 @@
 """Blocked FP8 to the byte: golden data, IEEE arithmetic in numpy, error bounds, bad weights."""
 
+# pyright: reportArgumentType=false
+# (`weight_block_size` takes an int too, and becomes a pair)
+
 import functools
 from pathlib import Path
 from typing import Any
@@ -403,26 +406,32 @@ def test_a_tokens_activations_do_not_depend_on_the_batch():
         assert (differing(q, all_q[m]), differing(s, all_s[m])) == (0, 0)
 
 
-# Layers of a stack --------------------------------------------------------------------------------
+# Moved and widened --------------------------------------------------------------------------------
 
 
-def test_every_e4m3_value_widens_exactly():
-    qvalue = np.arange(256, dtype=np.uint8).view(FMT_DTYPES["e4m3"])
-    wide = jax.jit(blocked.e4m3_to_float32)(qvalue)
-    expected = qvalue.astype(np.float32)
+@pytest.mark.parametrize("dtype", FMT_DTYPES.values(), ids=FMT_DTYPES)
+def test_every_fp8_value_widens_exactly(dtype):
+    qvalue = np.arange(256, dtype=np.uint8).view(dtype)
+    wide, expected = jax.jit(blocked.widen)(qvalue), qvalue.astype(np.float32)
+    assert wide.dtype == jnp.float32
     np.testing.assert_array_equal(wide, expected)
-    np.testing.assert_array_equal(np.signbit(wide)[:-1], np.signbit(expected)[:-1])
+    numbers = ~np.isnan(expected)
+    np.testing.assert_array_equal(np.signbit(wide)[numbers], np.signbit(expected)[numbers])
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, *FMT_DTYPES.values()], ids=str)
-def test_layers_are_taken_and_put_bit_for_bit(dtype):
+def test_layers_are_taken_and_rows_put_bit_for_bit(dtype):
     bits = np.random.default_rng(0).integers(0, 256, (3, 4, 6, dtype.itemsize), np.uint8)
     stack = bits.view(dtype)[..., 0]
     for layer in range(3):
         assert differing(jax.jit(blocked.take_layer)(stack, layer), stack[layer]) == 0
-        new = jax.jit(blocked.put_layer)(stack, stack[1], layer)
-        expected = np.stack([stack[1] if i == layer else stack[i] for i in range(3)])
-        assert differing(new, expected) == 0
+    rows = stack[1, :2]
+    expected = stack.copy()
+    expected[2, 1:3] = rows
+    assert differing(jax.jit(blocked.put)(stack, rows, 2, 1), expected) == 0
+    matrix = stack[0].copy()
+    matrix[2:] = rows
+    assert differing(blocked.put(jnp.asarray(stack[0]), jnp.asarray(rows), None, 2), matrix) == 0
 
 
 # Edges and bad input ------------------------------------------------------------------------------

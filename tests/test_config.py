@@ -1,5 +1,8 @@
 """QuantConfig: each field's allowed values, each error's words, and Hugging Face's dict."""
 
+# pyright: reportArgumentType=false
+# (`weight_block_size` takes an int too, and becomes a pair)
+
 import copy
 import dataclasses
 import json

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from jaxquant import blocked
 from jaxquant.array import QuantizedArray
 from jaxquant.checkpoint.folder import CheckpointFolder
-from jaxquant.checkpoint.loader import tensor_report
+from jaxquant.checkpoint.loader import Tally, row_slabs, tensor_report
 from jaxquant.checkpoint.plan import Item, Plan, make_plan
 from jaxquant.checkpoint.writer import DEFAULT_SHARD_BYTES, TensorSource, write_folder
 from jaxquant.config import QuantConfig
@@ -23,9 +23,10 @@ from jaxquant.errors import CheckpointError, JaxquantError
 from jaxquant.models.hf_config import HFConfig
 from jaxquant.models.registry import Family, get_param
 from jaxquant.report import QuantReport, TensorReport
-from jaxquant.tree import path_name, relative_error
+from jaxquant.tree import error_norms, path_name
 
 _SCALE_SUFFIX = "_scale_inv"  # DeepSeek's name; the scale is a multiplier all the same
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
 def quantize_checkpoint(
@@ -116,11 +117,10 @@ def save_model(
         if not isinstance(value, QuantizedArray) and _is_linear(name, slot.shape):
             kept.append(name.removesuffix(".weight"))
     dtype = jnp.dtype(module.embed_tokens.weight.get_value().dtype).name
-    hf_config = {k: v for k, v in hf_config.items() if k not in ("torch_dtype", "dtype")}
-    hf_config = {**hf_config, "torch_dtype": dtype}
-    if config is None:
-        hf_config.pop("quantization_config", None)
-    else:
+    key = "dtype" if "dtype" in hf_config else "torch_dtype"
+    hf_config = {k: v for k, v in hf_config.items() if k not in _QUANTIZATION_KEYS}
+    hf_config = {**hf_config, key: dtype}
+    if config is not None:
         hf_config = _with_quantization(hf_config, config, kept)
     return write_folder(directory, sources, config=hf_config, files=files, **options)
 
@@ -132,18 +132,21 @@ def save_params(params: Any, directory: str | Path, **options: Any) -> Path:
     ends in `weight` instead of `kernel`, since `[out, in]` is what that means elsewhere.
 
     Raises:
-      JaxquantError: QuantizedArrays of different configs.
+      JaxquantError: QuantizedArrays of different configs; a leaf that is no array.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=lambda x: isinstance(x, QuantizedArray)
     )
-    sources, configs, kept = [], {}, []
+    sources, configs, kept, scales = [], {}, [], []
     for path, leaf in leaves:
         name = path_name(path).replace("/", ".")
+        if not isinstance(leaf, QuantizedArray | jax.Array | np.ndarray):
+            raise JaxquantError(f"{name}: {type(leaf).__name__}; allowed: arrays")
         if isinstance(leaf, QuantizedArray):
             if leaf.transposed:
                 name = re.sub(r"(^|\.)kernel$", r"\1weight", name)
             configs[_config_of(leaf)] = name
+            scales.append(leaf.scale)
         elif leaf.ndim >= 2:
             kept.append(re.sub(r"\.(weight|kernel)$", "", name))
         sources += _array_sources(name, leaf, None)
@@ -152,6 +155,8 @@ def save_params(params: Any, directory: str | Path, **options: Any) -> Path:
         raise JaxquantError(f"one checkpoint has one quantization config, but: {which}")
     config = {}
     for quantization in configs:
+        scale_fmt = "ue8m0" if all(map(_are_powers_of_two, scales)) else None
+        quantization = dataclasses.replace(quantization, scale_fmt=scale_fmt)
         config = _with_quantization({}, quantization, kept)
     return write_folder(directory, sources, config=config, **options)
 
@@ -179,15 +184,23 @@ def _quantized_sources(
     scales: list[np.ndarray] = []
 
     def read_qvalue() -> np.ndarray:
-        qa, error = _quantize(folder.read(item.name), config)
-        scales.append(np.asarray(qa.scale))
-        _check_finite(folder, item, bool(np.isfinite(scales[0]).all()))
-        done(float(error))
-        return np.asarray(qa.qvalue)
+        w, tally, qvalues = folder.read(item.name), Tally(), []
+        for rows, _ in row_slabs(item):
+            qa, *outcome = _quantize(w[rows], config)
+            tally.add(*outcome)
+            qvalues.append(np.asarray(qa.qvalue))
+            scales.append(np.asarray(qa.scale))
+        _check_finite(folder, item, tally.finite)
+        done(tally.relative_error())
+        return np.concatenate(qvalues)
 
     yield TensorSource(item.name, config.fmt_dtype, info.shape, read_qvalue)
     grid = blocked.grid_shape(info.shape, config.weight_block_size)
-    yield TensorSource(item.name + _SCALE_SUFFIX, np.dtype(np.float32), grid, scales.pop)
+
+    def read_scale() -> np.ndarray:
+        return np.concatenate(scales)
+
+    yield TensorSource(item.name + _SCALE_SUFFIX, np.dtype(np.float32), grid, read_scale)
 
 
 def _array_sources(name: str, value: Any, index: int | None) -> Iterator[TensorSource]:
@@ -210,9 +223,9 @@ _take_layer = jax.jit(blocked.take_layer)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _quantize(w: jax.Array, config: QuantConfig) -> tuple[QuantizedArray, jax.Array]:
+def _quantize(w: jax.Array, config: QuantConfig) -> tuple[QuantizedArray, Any, Any, Any]:
     qa = blocked.quantize(w, config)
-    return qa, relative_error(w, qa)
+    return qa, jnp.isfinite(qa.scale).all(), *error_norms(w, qa)
 
 
 @jax.jit
@@ -241,21 +254,22 @@ def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
 def _with_quantization(
     hf_config: Mapping[str, Any], config: QuantConfig, kept: Iterable[str]
 ) -> dict[str, Any]:
+    # A tied head has no tensor, but readers make a linear module of it.
+    tied_head = ["lm_head"] if hf_config.get("tie_word_embeddings") else []
     config = dataclasses.replace(
         config,
         # What runs the checkpoint decides on weight-only; other readers know "dynamic" alone.
         activation_scheme="dynamic",
-        # A tied head has no tensor, but readers make a linear module of it.
-        modules_to_not_convert=tuple(dict.fromkeys(["lm_head", *kept])),
+        modules_to_not_convert=(*tied_head, *kept),
     )
     return {**hf_config, "quantization_config": config.to_dict()}
 
 
 def _config_of(qa: QuantizedArray) -> QuantConfig:
     fmt = "e5m2" if qa.qvalue.dtype == jnp.float8_e5m2 else "e4m3"
-    mantissa, _ = np.frexp(np.asarray(qa.scale))
-    return QuantConfig(
-        fmt=fmt,
-        weight_block_size=qa.block_size,
-        scale_fmt="ue8m0" if (mantissa == 0.5).all() else None,
-    )
+    return QuantConfig(fmt=fmt, weight_block_size=qa.block_size)
+
+
+def _are_powers_of_two(scale: Any) -> bool:
+    mantissa, _ = np.frexp(np.asarray(scale))
+    return bool((mantissa == 0.5).all())

@@ -1,22 +1,25 @@
-"""Loading with online quantization: one tensor at a time from the map to the device, as FP8.
+"""Loading with online quantization: slab by slab from the memory map to the device, as FP8.
 
-BF16 exists for one tensor at a time: each is quantized on the device and written into its layer
-of a stack that was allocated once.
+BF16 exists for a few slabs at a time: each is quantized on the device and written in its place in
+a stack that was allocated once.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from tqdm.auto import tqdm
 
 from jaxquant import blocked
-from jaxquant.array import QuantizedArray
+from jaxquant.array import QuantizedArray, nbytes
 from jaxquant.blocked import grid_shape
 from jaxquant.checkpoint.folder import CheckpointFolder
 from jaxquant.checkpoint.plan import Item, Plan
@@ -24,7 +27,11 @@ from jaxquant.config import QuantConfig
 from jaxquant.errors import CheckpointError
 from jaxquant.models.registry import get_param
 from jaxquant.report import QuantReport, TensorReport
-from jaxquant.tree import relative_error
+from jaxquant.tree import error_norms
+
+# Small enough that float32 copies of a few slabs stay small, large enough to be worth a call.
+SLAB_ELEMENTS = 4 * 1024 * 1024
+_IN_FLIGHT = 2
 
 
 def load(
@@ -57,30 +64,83 @@ def load(
         disable=None if progress is None else not progress,
         leave=False,
     )
+    queue: collections.deque[_Slab] = collections.deque()
+    tally = Tally()
+
+    def settle(slab: _Slab) -> None:  # waits for the device, which bounds what is in flight
+        tally.add(*jax.device_get(slab.outcome))
+        bar.update(slab.nbytes)
+        if slab.last:
+            if not tally.finite:
+                raise CheckpointError(
+                    f"{folder.shard_of(slab.item.name)}: tensor {slab.item.name} holds NaN or Inf"
+                )
+            entries.append(tensor_report(folder, slab.item, dtype, tally.relative_error()))
+            tally.clear()
+            folder.release(slab.item.name)
+
     with bar:
-        for _, group in itertools.groupby(plan.items, key=lambda item: item.slot.layer):
-            pending = []
-            for item in group:
-                path, index = places[item.name]
-                param = get_param(model, path)
-                value, finite, error = _load_tensor(folder, item, param.get_value(), index, dtype)
-                param.set_value(value)
-                pending.append((item, finite, error))
-            for item, finite, error in pending:  # waits, which bounds what is in flight
-                if not finite:
-                    raise CheckpointError(
-                        f"{folder.shard_of(item.name)}: tensor {item.name} holds NaN or Inf"
-                    )
-                entries.append(tensor_report(folder, item, dtype, error))
-                folder.release(item.name)
-                bar.update(folder.info(item.name).nbytes)
+        for item in plan.items:
+            path, index = places[item.name]
+            param = get_param(model, path)
+            value = param.get_value()
+            if isinstance(value, jax.ShapeDtypeStruct):
+                value = _allocate(value, item.config, dtype)
+            for rows, last in row_slabs(item):
+                piece = _read(folder, item, rows, dtype)
+                value, *outcome = _store(
+                    value, piece, index, rows.start, _numerics(item.config), dtype
+                )
+                queue.append(_Slab(item, outcome, nbytes(piece), last))
+                if len(queue) > _IN_FLIGHT:
+                    settle(queue.popleft())
+            param.set_value(value)
+        while queue:
+            settle(queue.popleft())
     return model, QuantReport(tuple(entries))
 
 
-def read_quantized(folder: CheckpointFolder, item: Item) -> tuple[np.ndarray, np.ndarray]:
-    """The qvalue and the float32 scale of a tensor that is FP8 in the checkpoint."""
-    assert item.scale_name is not None
-    return folder.read(item.name), folder.read(item.scale_name).astype(np.float32)
+@dataclasses.dataclass(frozen=True)
+class _Slab:
+    item: Item
+    outcome: Any  # on the device: finite, norm of the error, norm
+    nbytes: int
+    last: bool
+
+
+class Tally:
+    """Outcomes of a tensor's slabs."""
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        """Starts anew."""
+        self.finite, self.squares = True, None
+
+    def add(self, finite: Any, error: Any, norm: Any) -> None:
+        """Adds a slab: whether it is finite, and the norms of its error and of itself, or None."""
+        self.finite &= bool(finite)
+        if error is not None:
+            new = np.square([float(error), float(norm)])
+            self.squares = new if self.squares is None else self.squares + new
+
+    def relative_error(self) -> float | None:
+        """Of all slabs; None if it was not measured."""
+        if self.squares is None:
+            return None
+        error, norm = np.sqrt(self.squares)
+        return float(error / norm) if norm else float(error)
+
+
+def row_slabs(item: Item) -> Iterator[tuple[slice, bool]]:
+    """Row ranges of a tensor, whole blocks each, and whether it is the last."""
+    rows, step = item.slot.shape[0], item.slot.shape[0]
+    if len(item.slot.shape) == 2:
+        block = 1 if item.config is None else item.config.weight_block_size[0]
+        step = max(1, SLAB_ELEMENTS // (item.slot.shape[1] * block)) * block
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows)), start + step >= rows
 
 
 def _segments(plan: Plan) -> list[range]:
@@ -109,58 +169,69 @@ def _places(plan: Plan, segments: list[range]) -> dict[str, tuple[str, int | Non
     return places
 
 
-def _load_tensor(
-    folder: CheckpointFolder, item: Item, param: Any, index: int | None, dtype: Any
-) -> tuple[Any, Any, Any]:
-    """The parameter with this tensor in it, whether the tensor is finite, and its error."""
-    if item.scale_name is not None:
-        assert item.config is not None
-        qvalue, scale = read_quantized(folder, item)
-        value = QuantizedArray(
-            qvalue,
-            scale,
-            block_size=item.config.weight_block_size,
-            dtype=dtype,
-            activation_scheme=item.config.activation_scheme,
-        )
-    else:
-        value = folder.read(item.name)
-    config = None if item.config is None else item.config.numerics()
-    stack = None
-    if index is not None:
-        fresh = isinstance(param, jax.ShapeDtypeStruct)
-        stack = _empty_stack(value, param.shape[0], config, dtype) if fresh else param
-    return _store(stack, value, index, config, dtype)
+def _read(folder: CheckpointFolder, item: Item, rows: slice, dtype: Any) -> Any:
+    """Rows of a tensor as they are in the checkpoint; FP8 ones with their scales in float32."""
+    piece = folder.read(item.name)[rows]
+    if item.scale_name is None:
+        return piece
+    assert item.config is not None
+    bo, bi = item.config.weight_block_size
+    scale = folder.read(item.scale_name)[rows.start // bo : -(-rows.stop // bo)]
+    return QuantizedArray(
+        piece,
+        scale.astype(np.float32),
+        block_size=(bo, bi),
+        dtype=dtype,
+        activation_scheme=item.config.activation_scheme,
+    )
 
 
-def _empty_stack(value: Any, L: int, config: QuantConfig | None, dtype: Any) -> Any:
-    one = jax.eval_shape(lambda v: _convert(v, config, dtype)[0], value)
-    return jax.tree.map(lambda x: jnp.zeros((L, *x.shape), x.dtype), one)
-
-
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
-def _store(
-    stack: Any, value: Any, index: Any, config: QuantConfig | None, dtype: Any
-) -> tuple[Any, jax.Array, jax.Array | None]:
-    value, finite, error = _convert(value, config, dtype)
-    if stack is not None:
-        value = jax.tree.map(lambda s, v: blocked.put_layer(s, v, index), stack, value)
-    return value, finite, error
-
-
-def _convert(
-    value: Any, config: QuantConfig | None, dtype: Any
-) -> tuple[Any, jax.Array, jax.Array | None]:
-    """What the model holds for a checkpoint's tensor, whether it is finite, its relative error."""
-    if isinstance(value, QuantizedArray):
-        unit = value.dequantize(jnp.float32)
-        return value, jnp.isfinite(unit).all(), None
+def _allocate(param: jax.ShapeDtypeStruct, config: QuantConfig | None, dtype: Any) -> Any:
     if config is None:
-        return value.astype(dtype), jnp.isfinite(value).all(), None
-    qa = blocked.quantize(value, config)
-    error = relative_error(value, qa)
-    # A block's scale is finite exactly when all of its weights are.
-    return dataclasses.replace(qa, dtype=dtype), jnp.isfinite(qa.scale).all(), error
+        return jnp.zeros(param.shape, dtype)
+    grid = grid_shape(param.shape, config.weight_block_size)
+    return QuantizedArray(
+        jnp.zeros(param.shape, config.fmt_dtype),
+        jnp.zeros((*param.shape[:-2], *grid), jnp.float32),
+        block_size=config.weight_block_size,
+        dtype=dtype,
+        activation_scheme=config.activation_scheme,
+    )
+
+
+def _numerics(config: QuantConfig | None) -> QuantConfig | None:
+    return None if config is None else config.numerics()
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=(4, 5))
+def _store(
+    param: Any, piece: Any, layer: Any, row: Any, config: QuantConfig | None, dtype: Any
+) -> tuple[Any, jax.Array, jax.Array | None, jax.Array | None]:
+    """The parameter with rows of a tensor in it; whether they are finite; norms of error and rows.
+
+    `layer` is None if the parameter is no stack.
+    """
+    error = norm = None
+    if isinstance(piece, QuantizedArray):
+        finite = jnp.isfinite(piece.dequantize(jnp.float32)).all()
+    elif config is None:
+        finite = jnp.isfinite(piece).all()
+        piece = piece.astype(dtype)
+    else:
+        # The barrier keeps XLA from quantizing again in each fusion that uses the result.
+        w, piece = piece, lax.optimization_barrier(blocked.quantize(piece, config))
+        piece = dataclasses.replace(piece, dtype=dtype)
+        error, norm = error_norms(w, piece)
+        # A block's scale is finite exactly when all of its weights are.
+        finite = jnp.isfinite(piece.scale).all()
+    if not isinstance(param, QuantizedArray):
+        return blocked.put(param, piece, layer, row), finite, error, norm
+    param = dataclasses.replace(
+        param,
+        qvalue=blocked.put(param.qvalue, piece.qvalue, layer, row),
+        scale=blocked.put(param.scale, piece.scale, layer, row // param.block_size[0]),
+    )
+    return param, finite, error, norm
 
 
 def tensor_report(

@@ -6,13 +6,13 @@ Made from headers alone, so that what is wrong with a checkpoint is said before 
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.blocked import grid_shape
 from jaxquant.checkpoint.folder import CheckpointFolder
+from jaxquant.checkpoint.reader import brief
 from jaxquant.checkpoint.stored import SCALE_SUFFIXES, stored_quantization
 from jaxquant.config import QuantConfig, keeps_module
 from jaxquant.errors import CheckpointError
@@ -82,7 +82,7 @@ def make_plan(folder: CheckpointFolder, config: QuantConfig | None) -> Plan:
             f"{config.describe()} was asked for; load it as it is, or start from the BF16 one"
         )
     slots = family.slots()
-    scales = {} if stored is None else _scale_names(folder.names, slots)
+    scales = _scale_names(folder, slots)
     _check_names(folder, slots, set(scales.values()))
     items = tuple(
         _item(folder, name, slot, config, stored, scales.get(name)) for name, slot in slots.items()
@@ -115,6 +115,8 @@ def _item(
         if stored is None or info.dtype != stored.fmt_dtype:
             said = "no FP8" if stored is None else stored.fmt
             raise CheckpointError(f"{where} is {info.dtype}, but config.json says {said}")
+        if not name.endswith(".weight") or len(slot.shape) != 2 or "embed" in name:
+            raise CheckpointError(f"{where} is FP8; allowed: FP8 weights of projections and heads")
         if scale_name is None:
             raise CheckpointError(
                 f"{where} is FP8 and has no scales; looked for "
@@ -156,11 +158,13 @@ def _scale_candidates(name: str) -> list[str]:
     return [name + s for s in SCALE_SUFFIXES] + [name.removesuffix(".weight") + ".scale"]
 
 
-def _scale_names(names: Iterable[str], slots: Mapping[str, Any]) -> dict[str, str]:
-    present = set(names)
+def _scale_names(folder: CheckpointFolder, names: Iterable[str]) -> dict[str, str]:
+    """FP8 tensor -> its scales; those of a tensor that is not FP8 mean that something is wrong."""
+    present = set(folder.names)
     found = {}
-    for name in slots:
-        if scale := next((c for c in _scale_candidates(name) if c in present), None):
+    for name in present.intersection(names):
+        scale = next((c for c in _scale_candidates(name) if c in present), None)
+        if scale is not None and folder.info(name).dtype in _FP8:
             found[name] = scale
     return found
 
@@ -182,4 +186,5 @@ def _check_names(folder: CheckpointFolder, slots: Mapping[str, Slot], scales: se
 
 
 def _some(names: list[str], n: int = 4) -> str:
-    return ", ".join(names[:n]) + (f", ... ({len(names)} in all)" if len(names) > n else "")
+    some = ", ".join(name if name.isprintable() else brief(name) for name in names[:n])
+    return some + (f", ... ({len(names)} in all)" if len(names) > n else "")

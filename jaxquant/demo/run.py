@@ -38,13 +38,15 @@ def demo(model: str | None, prompt: str, output: Path) -> None:
         f"Loading {path.name} in BF16, then again with its projections quantized to FP8 on the way"
     )
     bf16, bf16_seconds = timed_load(path, None)
+    if bf16.quant_config:
+        raise JaxquantError(f"{path}: the checkpoint is FP8 already; the demo starts from BF16")
     fp8, fp8_seconds = timed_load(path, QuantConfig())
     print(fp8.report)
 
     text = resources.files("jaxquant").joinpath("data/alice.txt").read_text(encoding="utf-8")
     ids = tokenizer.encode(text, add_special_tokens=False)[:_TOKENS]
     _say(f"Reading {len(ids)} tokens of Alice's Adventures in Wonderland with both")
-    tokens = windows(ids, _WINDOW)
+    tokens = windows(ids, min(_WINDOW, bf16.module.cfg.max_position))
     rows = (
         Row("BF16", bf16.nbytes, bf16_seconds, evaluate(bf16, tokens)),
         Row("FP8 W8A8", fp8.nbytes, fp8_seconds, evaluate(fp8, tokens, bf16)),

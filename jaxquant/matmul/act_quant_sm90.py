@@ -12,8 +12,12 @@ from jaxtyping import Array, Float, Float32
 from jaxquant.blocked import ACTIVATION_AMAX_FLOOR, _ieee_divide
 from jaxquant.matmul.sm90 import FP8, K_BLOCK, cdiv, swizzled
 
-_TILE_M = 64
-_MAX_BLOCKS = 4  # K blocks of one thread block
+# Copies of one row, as of these scales, are linear: TMA would not stop them at the row's end. So
+# the scales have a whole number of tiles.
+TILE_M = 64
+# K blocks of one thread block, and how many there are when a thread block takes several.
+_MAX_BLOCKS = 4
+_MANY_BLOCKS = 1024
 _FMAX = 448.0
 
 
@@ -25,18 +29,20 @@ def quantize_activations(
     Args:
       x: bfloat16 or float32; K a multiple of 32, M one of 8 or less than 8.
       rows: of the values; those from M on are zeros.
-      scale_rows: columns of the scales, a multiple of 4; those from M on are the least scale.
+      scale_rows: columns of the scales, a multiple of 64; those from M on are the least scale.
 
     Returns:
       float8_e4m3fn values `[rows, K]` and float32 scales, transposed: `[ceil(K / 128), scale_rows]`.
     """
     K = x.shape[1]
     steps = cdiv(K, K_BLOCK)
-    blocks = math.gcd(steps, _MAX_BLOCKS)
-    tile = (blocks, _TILE_M, K_BLOCK)
+    m_tiles = cdiv(max(rows, scale_rows), TILE_M)
+    # Few tokens: a thread block for each K block, to be done sooner.
+    blocks = math.gcd(steps, _MAX_BLOCKS) if m_tiles * steps > _MANY_BLOCKS else 1
+    tile = (blocks, TILE_M, K_BLOCK)
 
     def kernel(x_gmem, q_gmem, s_gmem, x_smem, q_smem, s_smem, landed):
-        tokens = pl.ds(lax.axis_index("m") * _TILE_M, _TILE_M)
+        tokens = pl.ds(lax.axis_index("m") * TILE_M, TILE_M)
         kb0 = lax.axis_index("k") * blocks
 
         def columns(i):
@@ -44,14 +50,16 @@ def quantize_activations(
 
         for i in range(blocks):  # TMA reads what lies outside x as zeros
             plgpu.copy_gmem_to_smem(x_gmem.at[tokens, columns(i)], x_smem.at[i], landed.at[i])
-        for i in range(blocks):
+
+        @pl.loop(0, blocks)
+        def _quantize(i):
             plgpu.barrier_wait(landed.at[i])
             v = plgpu.load(x_smem.at[i], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
             amax = jnp.maximum(jnp.max(jnp.abs(v), axis=1), ACTIVATION_AMAX_FLOOR)
             scale = _ieee_divide(amax, jnp.full_like(amax, _FMAX))
-            ratio = _ieee_divide(v, lax.broadcast_in_dim(scale, v.shape, [0]))
-            q_smem[i] = ratio.astype(q_smem.dtype)
+            q_smem[i] = _divide_for_rounding(v, scale).astype(FP8)
             s_smem[i] = scale
+
         plgpu.commit_smem()
         for i in range(blocks):
             plgpu.copy_smem_to_gmem(
@@ -70,10 +78,32 @@ def quantize_activations(
         scratch_types=[
             plgpu.SMEM(tile, x.dtype, transforms=swizzled(K, x.dtype)),
             plgpu.SMEM(tile, FP8, transforms=swizzled(K, FP8)),
-            plgpu.SMEM((blocks, _TILE_M), jnp.float32),
+            plgpu.SMEM((blocks, TILE_M), jnp.float32),
             plgpu.Barrier(num_barriers=blocks),
         ],
-        grid=(cdiv(max(rows, scale_rows), _TILE_M), steps // blocks),
+        grid=(m_tiles, steps // blocks),
         grid_names=("m", "k"),
         kernel_name="jaxquant_quantize_activations",
     )(x)
+
+
+def _divide_for_rounding(v: Float32[Array, "M K"], scale: Float32[Array, "M"]) -> Array:
+    """A number that rounds to the same FP8 value as IEEE's `v / scale[:, None]` does.
+
+    The GPU's division is off by up to 2 ulp, which matters where the quotient is as good as
+    halfway between two FP8 values. Such a number has 5 significant bits at most, so take the
+    nearest one of 5 bits; its remainder, exact where it is small, leads to the quotient.
+    """
+    high = _round_bits(scale, 12)  # and 12 bits are left, so that products with 5 bits are exact
+    rows = lambda a: lax.broadcast_in_dim(a, v.shape, [0])
+    inverse = rows(1 / scale)
+    halfway = _round_bits(v * inverse, 19)
+    remainder = (v - halfway * rows(high)) - halfway * rows(scale - high)
+    return jnp.where(remainder == 0, halfway, halfway + remainder * inverse)
+
+
+def _round_bits(x: Array, dropped: int) -> Array:
+    """x rounded to nearest with its `dropped` last bits zero."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    bits = (bits + (1 << (dropped - 1))) & -(1 << dropped)
+    return lax.bitcast_convert_type(bits, jnp.float32)

@@ -6,7 +6,6 @@ the weight has too few rows to keep them all reading.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -33,8 +32,6 @@ from jaxquant.matmul.sm90 import (
 )
 
 _TOKENS = (8, 16, 32, 64, 96, 128)
-# TMA writes rows of SMEM that start at multiples of 128 bytes: 32 float32.
-_MIN_SCALES = 32
 _MAX_STAGES = 12
 
 
@@ -51,9 +48,9 @@ class Config:
     splits: int
 
 
-def takes(M: int, N: int) -> bool:
+def takes(M: int, N: int, sms: int) -> bool:
     """Whether the product is bound by reading the weight, so that this kernel is the fast one."""
-    return M <= 64 or (M <= _TOKENS[-1] and N <= 8192)
+    return M <= 64 or (M <= _TOKENS[-1] and 4 * cdiv(N, 128) <= sms)
 
 
 def padded_tokens(M: int) -> int:
@@ -61,27 +58,16 @@ def padded_tokens(M: int) -> int:
     return next(width for width in _TOKENS if M <= width)
 
 
-def padded_scales(M: int) -> int:
-    """Columns of the activations' scales that the kernel reads for M tokens."""
-    return max(_MIN_SCALES, padded_tokens(M))
-
-
 def default_config(M: int, N: int, K: int, sms: int) -> Config:
-    """Splits K until there is work for all `sms` multiprocessors."""
+    """As many splits as leave each of the `sms` multiprocessors at most one tile."""
     steps = cdiv(K, K_BLOCK)
-    tile_n = 64 if cdiv(N, 128) < 2 * sms else 128
-    tiles = cdiv(N, tile_n)
-
-    def cost(splits: int) -> float:
-        waves = cdiv(tiles * splits, sms)
-        # Idle multiprocessors, then the price of adding up the parts.
-        return waves * sms / (tiles * splits) + 0.03 * (splits > 1) + 0.01 * math.log2(splits)
-
-    splits = min((s for s in (1, 2, 4, 8) if s == 1 or _can_split(steps, s)), key=cost)
-    return Config(tile_n, splits)
+    tile_n = 64 if M <= 64 and cdiv(N, 64) <= sms else 128
+    fitting = (s for s in (8, 4, 2) if cdiv(N, tile_n) * s <= sms and _can_split(steps, s))
+    return Config(tile_n, next(fitting, 1))
 
 
 def _can_split(steps: int, splits: int) -> bool:
+    # A short part has no time to fill the ring.
     return steps % splits == 0 and steps // splits >= 4
 
 
@@ -101,7 +87,7 @@ def decode(
 
     Args:
       xq: float8_e4m3fn, `padded_tokens(M)` rows; K a multiple of 32.
-      sx: the scales of xq, transposed, `padded_scales(M)` columns.
+      sx: the scales of xq, transposed; S a multiple of 64.
       wq: float8_e4m3fn, read in place; N a multiple of 8.
       sw: the scales of wq.
       layer: which matrix of the stack.
@@ -121,8 +107,9 @@ def decode(
     n_tiles = cdiv(N, tile_n)
     slot_bytes = (tile_n + tokens) * K_BLOCK + sx.shape[1] * 4
     stages = ring_stages(slot_bytes, tile_n * tokens * 4, steps, _MAX_STAGES)
-    # The store that transposes, and so makes y itself, is there for whole tiles of 16-bit values.
-    direct = splits == 1 and out_dtype.itemsize == 2 and N % 64 == 0
+    # The store that transposes, and so makes y itself, is there for whole tiles of 16-bit values,
+    # and would ignore the column of a second tile where y has one only.
+    direct = splits == 1 and out_dtype.itemsize == 2 and N % 64 == 0 and N >= tile_n
 
     def kernel(x_gmem, sx_gmem, w_gmem, sw_gmem, layer_gmem, y_gmem, *scratch):
         x_smem, w_smem, sx_smem, y_smem, full, empty = scratch
@@ -207,7 +194,9 @@ def decode(
         out_type = jax.ShapeDtypeStruct((y_rows, N), out_dtype)
         y_smem = plgpu.SMEM((consumers, tokens, 64), out_dtype, transforms=swizzled(N, out_dtype))
     else:
-        out_type = jax.ShapeDtypeStruct((splits, N, tokens), jnp.float32)
+        # Whole tiles, since these copies are linear: they do not stop where a part ends.
+        parts = (splits, round_up(N, tile_n), tokens)
+        out_type = jax.ShapeDtypeStruct(parts, jnp.float32)
         y_smem = plgpu.SMEM((consumers, 64, tokens), jnp.float32)
     y = plgpu.kernel(
         kernel,
@@ -228,5 +217,5 @@ def decode(
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )(xq, sx, wq, sw, layer)
     if not direct:
-        y = y.sum(0).T.astype(out_dtype)
+        y = y[:, :N].sum(0).T.astype(out_dtype)
     return y[:M]

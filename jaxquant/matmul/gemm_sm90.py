@@ -30,7 +30,8 @@ from jaxquant.matmul.sm90 import (
 TILE_N = 128
 # Tiles are visited in strips this many tiles wide, to meet operands again while L2 has them.
 _STRIP = 8
-# Columns of one store; the result has a multiple of them.
+# Columns of one store. The result has a multiple of them, and more than one: along a dimension of
+# a single tile Mosaic leaves out the index, so that a store past its end would land inside.
 _STORE_N = 64
 _MAX_STAGES = 8
 
@@ -58,20 +59,20 @@ def default_config(M: int, N: int, K: int, sms: int) -> Config:
 
     def microseconds(tile_m: int) -> float:
         waves = cdiv(cdiv(M, tile_m) * cdiv(N, TILE_N), sms)
-        return waves * (cdiv(K, K_BLOCK) * _MICROSECONDS_PER_BLOCK[tile_m] + 0.8)
+        per_block, per_tile = _MICROSECONDS[tile_m]
+        return waves * (cdiv(K, K_BLOCK) * per_block + per_tile)
 
-    tile_m = min(_MICROSECONDS_PER_BLOCK, key=microseconds)
-    cluster = tile_m == 192 and M >= 1024 and N >= 4096 and K <= 4096
-    return Config(tile_m, cluster)
+    tile_m = min(_MICROSECONDS, key=microseconds)
+    return Config(tile_m, cluster=tile_m == 192 and M >= 2048)
 
 
-# Measured on an H200 with all multiprocessors busy: one K block of one tile on each.
-_MICROSECONDS_PER_BLOCK = {64: 0.28, 128: 0.43, 192: 0.57}
+# By tile_m: of one K block, and of one tile besides, with all multiprocessors of an H200 busy.
+_MICROSECONDS = {64: (0.31, 1.5), 128: (0.436, 0.4), 192: (0.565, 1.4)}
 
 
 def gemm(
     xq: Float[Array, "M K"],
-    sx: Float32[Array, "(K+127)//128 M"],
+    sx: Float32[Array, "(K+127)//128 S"],
     wq: Float[Array, "L N K"],
     sw: Float32[Array, "L (N+127)//128 (K+127)//128"],
     layer: Int32[Array, "1"],
@@ -84,7 +85,7 @@ def gemm(
 
     Args:
       xq: float8_e4m3fn; K a multiple of 32, M of 8.
-      sx: the scales of xq, transposed.
+      sx: the scales of xq, transposed; S is M rounded up to a multiple of 64.
       wq: float8_e4m3fn, read in place; N a multiple of 8.
       sw: the scales of wq.
       layer: which matrix of the stack.
@@ -97,7 +98,7 @@ def gemm(
     """
     (M, K), N = xq.shape, wq.shape[1]
     out_dtype = jnp.dtype(out_dtype)
-    N_out = round_up(N, _STORE_N)
+    N_out = max(round_up(N, _STORE_N), 2 * _STORE_N)
     steps, scale_rows = cdiv(K, K_BLOCK), cdiv(N, K_BLOCK)
     tile_m, consumers = config.tile_m, config.consumers
     # What one consumer makes of a tile.

@@ -169,21 +169,22 @@ def _run(
     """Quantizes x and multiplies."""
     # Imported here: Mosaic GPU is there only where jaxlib was built with it.
     from jaxquant.matmul import decode_sm90, gemm_sm90
-    from jaxquant.matmul.act_quant_sm90 import quantize_activations
+    from jaxquant.matmul.act_quant_sm90 import TILE_M, quantize_activations
     from jaxquant.matmul.sm90 import round_up
 
     (M, K), N = x.shape, qvalue.shape[1]
     rows = round_up(M, _M_ALIGNMENT)
     if M > _M_ALIGNMENT:  # fewer rows TMA pads itself
         x = jnp.pad(x, ((0, rows - M), (0, 0)))
-    if decode_sm90.takes(M, N):
+    scale_rows = round_up(M, TILE_M)
+    if decode_sm90.takes(M, N, sms):
         tokens = decode_sm90.padded_tokens(M)
-        xq, sx = quantize_activations(x, tokens, decode_sm90.padded_scales(M))
+        xq, sx = quantize_activations(x, tokens, scale_rows)
         config = decode_sm90.default_config(M, N, K, sms)
         return decode_sm90.decode(
             xq, sx, qvalue, scale, layer, M=M, out_dtype=out_dtype, config=config, sms=sms
         )
-    xq, sx = quantize_activations(x, rows, rows)
+    xq, sx = quantize_activations(x, rows, scale_rows)
     config = gemm_sm90.default_config(M, N, K, sms)
     y = gemm_sm90.gemm(
         xq, sx, qvalue, scale, layer, out_dtype=out_dtype, config=config, sms=sms

@@ -10,10 +10,10 @@ from jaxtyping import Array, Float, Float32
 from jaxquant.array import QuantizedArray
 from jaxquant.blocked import (
     ACTIVATION_GROUP,
-    e4m3_to_float32,
     expand_blocks,
     quantize_activations,
     take_layer,
+    widen,
 )
 
 
@@ -46,29 +46,21 @@ def _fake_quantize(x: Float[Array, "*batch K"]) -> Float32[Array, "*batch K"]:
     full = expand_blocks(
         scale[..., None, :], (1, ACTIVATION_GROUP), (*x.shape[:-1], 1, x.shape[-1])
     )
-    return qvalue.astype(jnp.float32) * full[..., 0, :]
+    return widen(qvalue) * full[..., 0, :]
 
 
 def _dequantize_layer(w: QuantizedArray, layer: Any) -> Float32[Array, "N K"]:
     qvalue, scale = w.qvalue, w.scale
     if layer is not None:
         qvalue, scale = take_layer(qvalue, layer), take_layer(scale, layer)
-    by_bits = _on_cpu() and qvalue.dtype == jnp.float8_e4m3fn
-    wide = e4m3_to_float32(qvalue) if by_bits else qvalue.astype(jnp.float32)
-    return wide * expand_blocks(scale, w.block_size, qvalue.shape)
+    return widen(qvalue) * expand_blocks(scale, w.block_size, qvalue.shape)
 
 
 def _dot_f32(x: Float32[Array, "*batch K"], w: Float32[Array, "N K"]) -> Array:
-    if x.size == x.shape[-1] and not _on_cpu():
+    if x.size == x.shape[-1] and jax.default_backend() != "cpu":
         # One token: a product and a sum fuse with what makes w, where a dot reads it from memory.
         # On a CPU the dot fuses too, and is the faster one.
         y = jnp.sum(x.reshape(1, -1) * w, axis=-1)
         return y.reshape(*x.shape[:-1], w.shape[0])
     # The default precision of a float32 dot is TF32 or less on accelerators.
-    return lax.dot_general(
-        x, w, (((x.ndim - 1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST
-    )
-
-
-def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
+    return lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)

@@ -1,5 +1,6 @@
 """Checked access to a Hugging Face config.json."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,11 +44,13 @@ class HFConfig:
         value = self.fields.get(field, default)
         return None if value is None else self.size(field, default=default)
 
-    def number(self, field: str, *, default: float) -> float:
-        """A positive number."""
+    def number(self, field: str, *, default: float | None = None) -> float:
+        """A positive number; required unless there is a default."""
         value = self.fields.get(field)
         value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self.error(field, "a positive number")
+        if not 0 < value < math.inf:
             raise self.error(field, "a positive number")
         return float(value)
 
@@ -68,7 +71,8 @@ class HFConfig:
         """The rotary embedding of heads of `dim`, from `rope_parameters` or the older fields."""
         if dim % 2:
             raise CheckpointError(f"{self.source}: head_dim is {dim}; allowed: an even number")
-        field = "rope_parameters" if "rope_parameters" in self.fields else "rope_scaling"
+        new = self.fields.get("rope_parameters") is not None
+        field = "rope_parameters" if new else "rope_scaling"
         rope = self.fields.get(field) or {}
         if not isinstance(rope, Mapping):
             raise self.error(field, "null or an object")
@@ -80,16 +84,19 @@ class HFConfig:
         if kind == "default":
             return Rope(dim, theta)
         if kind == "linear":
-            return Rope(dim, theta, "linear", factor=sub.number("factor", default=1.0))
+            return Rope(dim, theta, "linear", factor=sub.number("factor"))
         if kind == "llama3":
+            low, high = sub.number("low_freq_factor"), sub.number("high_freq_factor")
+            if high <= low:
+                raise sub.error("high_freq_factor", f"more than low_freq_factor ({low})")
             return Rope(
                 dim,
                 theta,
                 "llama3",
-                factor=sub.number("factor", default=1.0),
-                low_freq_factor=sub.number("low_freq_factor", default=1.0),
-                high_freq_factor=sub.number("high_freq_factor", default=4.0),
-                original_max_position=sub.size("original_max_position_embeddings", default=8192),
+                factor=sub.number("factor"),
+                low_freq_factor=low,
+                high_freq_factor=high,
+                original_max_position=sub.size("original_max_position_embeddings"),
             )
         raise CheckpointError(
             f"{self.source}: {field} has rope_type {kind!r}; allowed: default, linear, llama3"

@@ -85,7 +85,7 @@ class Rope:
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
 
-    def frequencies(self) -> Float32[Array, " dim/2"]:
+    def frequencies(self) -> Float32[Array, " pairs"]:
         """Radians per position, one for each rotated pair."""
         freq = 1.0 / self.theta ** (jnp.arange(0, self.dim, 2, dtype=jnp.float32) / self.dim)
         if self.scaling is None:

@@ -49,7 +49,7 @@ class Family:
     def __init__(self, hf: HFConfig):
         names = hf.fields.get("architectures")
         name = names[0] if isinstance(names, list) and names else None
-        if name not in ARCHITECTURES:
+        if not isinstance(name, str) or name not in ARCHITECTURES:
             raise CheckpointError(
                 f"{hf.source}: architecture {name!r} is not supported; "
                 f"supported: {', '.join(ARCHITECTURES)}"

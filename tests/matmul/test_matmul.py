@@ -130,7 +130,7 @@ def test_an_empty_contraction_gives_zeros(M):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("out", [None, *DTYPES], ids=str)
+@pytest.mark.parametrize("out", [None, np.dtype(np.float32), BF16], ids=str)
 @pytest.mark.parametrize("w", [quantized((8, 256)), jnp.ones((8, 256))], ids=["fp8", "plain"])
 def test_result_has_xs_dtype_or_the_one_asked_for(dtype, out, w):
     y = jitted(activations((2, 256), dtype=dtype), w, preferred_element_type=out)

@@ -1,0 +1,170 @@
+"""Load time and peak host memory of a checkpoint, in BF16 and with FP8 on the way.
+
+    python benchmarks/load.py DIR [DIR ...] [--synthetic GB] [--save]
+
+Each load runs in a process of its own. Memory is counted above what the process had after
+importing jaxquant and starting JAX: `peak` is the highest resident size (VmHWM, mapped files
+included), `anonymous` the highest RssAnon seen by a thread that looks every 2 ms. The bound for
+FP8 is: FP8 model + largest layer in BF16 + 300 MB.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def memory(field: str) -> float:
+    """A field of /proc/self/status in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+)", status)[1]) * 1024
+
+
+def measure(path: str, mode: str) -> dict:
+    """Loads once, in this process."""
+    import jax
+    import jax.numpy as jnp
+
+    import jaxquant as jq
+
+    jq.from_pretrained  # noqa: B018  imports what loading needs
+    jnp.zeros(1).block_until_ready()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    base, base_anonymous, peak_anonymous = memory("VmRSS"), memory("RssAnon"), [0.0]
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak_anonymous[0] = max(peak_anonymous[0], memory("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    config = jq.QuantConfig() if mode == "fp8" else None
+    model = jax.block_until_ready(jq.from_pretrained(path, config).module) and None
+    seconds = time.perf_counter() - start
+    del model
+    done.set()
+    watcher.join()
+    return {
+        "seconds": seconds,
+        "peak": memory("VmHWM") - base,
+        "anonymous": peak_anonymous[0] - base_anonymous,
+    }
+
+
+def synthetic(directory: Path, gigabytes: float) -> Path:
+    """A random BF16 Llama checkpoint of about that size, written layer by layer."""
+    import ml_dtypes
+    import numpy as np
+
+    from jaxquant.checkpoint.writer import TensorSource, write_folder
+    from jaxquant.models.hf_config import HFConfig
+    from jaxquant.models.registry import Family
+
+    hidden, mlp, vocab = 2048, 8192, 32768
+    per_layer = 2 * (2 * hidden * hidden + 2 * hidden * 512 + 3 * hidden * mlp)
+    layers = max(1, round((gigabytes * 1e9 - 2 * hidden * vocab) / per_layer))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "vocab_size": vocab,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    }
+    rng = np.random.default_rng(0)
+
+    def random(shape: tuple[int, ...]) -> np.ndarray:
+        return rng.normal(0, 0.02, shape).astype(np.float32).astype(ml_dtypes.bfloat16)
+
+    sources = [
+        TensorSource(name, np.dtype(ml_dtypes.bfloat16), slot.shape, lambda s=slot.shape: random(s))
+        for name, slot in Family(HFConfig(config)).slots().items()
+    ]
+    return write_folder(directory / f"synthetic-{gigabytes:g}GB", sources, config=config)
+
+
+def bound(path: str) -> tuple[float, float]:
+    """Bytes of the FP8 model, and the bound on what loading it may take."""
+    import jaxquant as jq
+    from jaxquant.checkpoint.folder import CheckpointFolder
+    from jaxquant.checkpoint.plan import make_plan
+
+    with CheckpointFolder(path) as folder:
+        plan = make_plan(folder, jq.QuantConfig())
+        sizes: dict = {}
+        fp8 = 0
+        for item in plan.items:
+            nbytes = folder.info(item.name).nbytes
+            key = item.slot.layer if item.slot.layer is not None else item.name
+            sizes[key] = sizes.get(key, 0) + nbytes
+            fp8 += nbytes // 2 if item.config else nbytes
+    return fp8, fp8 + max(sizes.values()) + 300e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("paths", nargs="*", metavar="DIR")
+    parser.add_argument("--synthetic", type=float, metavar="GB")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/load.md")
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(*args.measure)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = [*args.paths]
+        if args.synthetic:
+            paths.append(str(synthetic(Path(scratch), args.synthetic)))
+        lines = table(paths)
+    print("\n".join(lines))
+    if args.save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "load.md").write_text("\n".join(lines) + "\n")
+
+
+def table(paths: list[str]) -> list[str]:
+    import jax
+
+    device = jax.devices()[0]
+    lines = [
+        f"{datetime.date.today()}, {device.device_kind}, {os.cpu_count()} cores "
+        f"({platform.machine()}), jax {jax.__version__}, Python {platform.python_version()}",
+        "",
+        "| checkpoint | mode | seconds | BF16 GB/s | peak MB | anonymous MB | FP8 model MB "
+        "| bound MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for path in paths:
+        size = sum(f.stat().st_size for f in Path(path).glob("*.safetensors"))
+        fp8, limit = bound(path)
+        for mode in ("bf16", "fp8"):
+            command = [sys.executable, __file__, "--measure", path, mode]
+            out = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+            lines.append(
+                f"| {Path(path).name} ({size / 1e6:.0f} MB) | {mode} | {out['seconds']:.2f} "
+                f"| {size / out['seconds'] / 1e9:.2f} | {out['peak'] / 1e6:.0f} "
+                f"| {out['anonymous'] / 1e6:.0f} "
+                + (f"| {fp8 / 1e6:.0f} | {limit / 1e6:.0f} |" if mode == "fp8" else "| | |")
+            )
+    return lines
+
+
+if __name__ == "__main__":
+    main()
