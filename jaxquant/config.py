@@ -137,6 +137,8 @@ class QuantConfig:
                 near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(known)}"
                 raise ConfigError(str(key), value, f"no such key; {hint}")
+        if fields.get("scale_fmt") == "float":  # what transformers writes for None
+            fields["scale_fmt"] = None
         keep = _names("modules_to_not_convert", fields.get("modules_to_not_convert"))
         also = _names("ignored_layers", foreign.get("ignored_layers"))
         fields["modules_to_not_convert"] = tuple(dict.fromkeys(keep + also))

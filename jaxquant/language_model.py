@@ -131,7 +131,7 @@ class LanguageModel:
 
 def from_pretrained(
     path_or_hub_id: str | os.PathLike,
-    quant_config: QuantConfig | None = None,
+    quant_config: QuantConfig | Mapping[str, Any] | None = None,
     dtype: Any = jnp.bfloat16,
     *,
     progress: bool | None = None,
@@ -143,7 +143,8 @@ def from_pretrained(
     Args:
       path_or_hub_id: a folder with config.json and safetensors files, or 'org/name' on the
         Hugging Face hub (the local cache is used first).
-      quant_config: how to quantize; None takes the checkpoint as it is, blocked FP8 included.
+      quant_config: how to quantize, or Hugging Face's `quantization_config`; None takes the
+        checkpoint as it is, blocked FP8 included.
       dtype: of activations and of what is not quantized.
       progress: whether to show a bar; None shows it on a terminal.
 

@@ -173,7 +173,7 @@ class _Run:
 
 def pipeline(
     path_or_hub_id: str | os.PathLike,
-    quant_config: QuantConfig | None = None,
+    quant_config: QuantConfig | Mapping[str, Any] | None = None,
     *,
     chat: bool | None = None,
     **load_options: Any,

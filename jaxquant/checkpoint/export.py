@@ -262,7 +262,10 @@ def _with_quantization(
         activation_scheme="dynamic",
         modules_to_not_convert=(*tied_head, *kept),
     )
-    return {**hf_config, "quantization_config": config.to_dict()}
+    fields = config.to_dict()
+    if config.scale_fmt is None:
+        del fields["scale_fmt"]  # as in DeepSeek-V3; transformers refuses null
+    return {**hf_config, "quantization_config": fields}
 
 
 def _config_of(qa: QuantizedArray) -> QuantConfig:

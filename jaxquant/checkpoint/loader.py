@@ -72,8 +72,10 @@ def load(
         bar.update(slab.nbytes)
         if slab.last:
             if not tally.finite:
+                as_dtype = "" if slab.item.config else f" as {dtype.name}"
                 raise CheckpointError(
                     f"{folder.shard_of(slab.item.name)}: tensor {slab.item.name} holds NaN or Inf"
+                    + as_dtype
                 )
             entries.append(tensor_report(folder, slab.item, dtype, tally.relative_error()))
             tally.clear()
@@ -215,8 +217,8 @@ def _store(
     if isinstance(piece, QuantizedArray):
         finite = jnp.isfinite(piece.dequantize(jnp.float32)).all()
     elif config is None:
+        piece = piece.astype(dtype)  # for which a value may be too large
         finite = jnp.isfinite(piece).all()
-        piece = piece.astype(dtype)
     else:
         # The barrier keeps XLA from quantizing again in each fusion that uses the result.
         w, piece = piece, lax.optimization_barrier(blocked.quantize(piece, config))

@@ -463,11 +463,11 @@ class TestBadTensors:
         assert "model.norm.weight is int64; allowed: BF16, F16, F32" in message
 
 
-# 12 layers of 8.4 M parameters: 205 MB in BF16, of which the largest tensor is 5.8 MB.
+# 8 layers of 13 M parameters: 213 MB in BF16, of which the largest tensor is 6 MB.
 LARGE = {
     **builders.CONFIG,
     "hidden_size": 1024,
-    "intermediate_size": 2816,
+    "intermediate_size": 3072,
     "num_hidden_layers": 8,
     "vocab_size": 1024,
     "tie_word_embeddings": True,
@@ -516,8 +516,7 @@ def test_bf16_is_never_whole_in_memory(tmp_path):
     result = json.loads(done.stdout)
     assert result["model"] < 0.55 * bf16
     # BF16 beside FP8 would be 3 times the model. Code that XLA compiles counts, too.
-    assert result["peak"] < result["model"] + 150e6, result
-    assert result["peak"] < result["model"] + 0.75 * bf16, result
+    assert result["peak"] < 2 * result["model"], result
 
 
 def test_loading_needs_no_more_than_the_names_say(tmp_path, weights):
