@@ -151,8 +151,11 @@ def _block_amax(w: Array, block_size: tuple[int, int]) -> Array:
     *lead, out, contracting = w.shape
     (bo, bi), (no, ni) = block_size, grid_shape(w.shape, block_size)
     pad = [(0, 0)] * len(lead) + [(0, no * bo - out), (0, ni * bi - contracting)]
-    blocks = jnp.pad(jnp.abs(w), pad).reshape(*lead, no, bo, ni, bi)
-    return jnp.max(blocks, axis=(-3, -1), initial=0.0)
+    # As integers, which sort like the magnitudes whose bits they are, NaN above Inf: XLA:CPU's
+    # maximum of floats loses NaN.
+    bits = lax.bitcast_convert_type(w, jnp.uint32) & 0x7FFFFFFF
+    blocks = jnp.pad(bits, pad).reshape(*lead, no, bo, ni, bi)
+    return lax.bitcast_convert_type(jnp.max(blocks, axis=(-3, -1), initial=0), jnp.float32)
 
 
 def grid_shape(shape: tuple[int, ...], block_size: tuple[int, int]) -> tuple[int, int]:

@@ -51,7 +51,7 @@ class Rule:
 # Right for Hugging Face names and for Flax ones. First match wins.
 DEFAULT_RULES = (
     Rule(r"(^|/)\w*embed\w*(/|$)|(^|/)(wte|wpe)(/|$)", skip=True, note="embedding"),
-    Rule(r"(^|/)(lm_head|head|logits\w*)(/|$)", skip=True, note="head"),
+    Rule(r"(^|/)(lm_head|head|logits\w*)(/|$)|^(model/)?output/", skip=True, note="head"),
     Rule(r"(^|/)\w*norm\w*(/|$)|(^|/)ln(_\w+)?(/|$)", skip=True, note="norm"),
     Rule(r"(^|/)(gate|router|shared_expert_gate)(/|$)", skip=True, note="router gate"),
     Rule(r"(^|/)(vision\w*|visual|patch\w*)(/|$)", skip=True, note="vision"),
@@ -80,7 +80,10 @@ def decide(
     rules: Iterable[Rule] = DEFAULT_RULES,
 ) -> Decision:
     """Whether the parameter at a '/'-joined path becomes FP8, and why (not)."""
-    rule = next((r for r in rules if re.search(r.pattern, path)), None)
+    slashed = path.replace(".", "/")  # names of a flat dict, as in a checkpoint
+    rule = next(
+        (r for r in rules if re.search(r.pattern, path) or re.search(r.pattern, slashed)), None
+    )
 
     def keep(reason: str) -> Decision:
         return Decision(None, False, reason, rule)
@@ -89,7 +92,7 @@ def decide(
         return keep(f"{len(shape)}-D")
     if not jnp.issubdtype(dtype, jnp.floating):
         return keep(f"dtype {dtype}")
-    if entry := keeps_module(config, path.split("/")):
+    if entry := keeps_module(config, slashed.split("/")):
         return keep(f"modules_to_not_convert: {entry}")
     if rule is None:
         return keep("no rule matches")
@@ -97,7 +100,9 @@ def decide(
         return keep(rule.reason)
     if rule is _MATRIX_ONLY and len(shape) > 2:
         return keep(f"{len(shape)}-D: a rule must say that the last two axes are a matrix")
-    transposed = path.rsplit("/", 1)[-1] == "kernel" if rule.transposed is None else rule.transposed
+    transposed = (
+        slashed.rsplit("/", 1)[-1] == "kernel" if rule.transposed is None else rule.transposed
+    )
     return Decision(rule.config or config, transposed, rule.reason, rule)
 
 
@@ -128,6 +133,10 @@ def quantize_tree(
     (256, 512)
     """
     config = config or QuantConfig()
+    if isinstance(rules, str | Rule):
+        raise JaxquantError(
+            f"rules is {rules!r}; allowed: a sequence of regular expressions or Rules"
+        )
     ruleset = DEFAULT_RULES if rules is None else tuple(map(_as_rule, rules))
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_quantized)
     paths = [path_name(path) for path, _ in leaves]
@@ -215,8 +224,12 @@ def _as_rule(rule: Rule | str) -> Rule:
 
 
 def _check_same_config(path: str, qa: QuantizedArray, config: QuantConfig) -> None:
+    # That float32 scales were asked for and are powers of two may be chance.
+    mantissa = np.asarray(qa.scale).view(np.uint32) & 0x7FFFFF
     same = (
-        qa.block_size == config.weight_block_size and jnp.dtype(qa.qvalue.dtype) == config.fmt_dtype
+        qa.block_size == config.weight_block_size
+        and jnp.dtype(qa.qvalue.dtype) == config.fmt_dtype
+        and not (config.scale_fmt == "ue8m0" and mantissa.any())
     )
     if not same:
         raise JaxquantError(

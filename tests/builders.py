@@ -1,6 +1,10 @@
 """Tiny Llama checkpoints for tests: names, shapes and files written by hand, not by the package."""
 
+import atexit
+import functools
 import json
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +13,8 @@ import ml_dtypes
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
+
+import jaxquant as jq
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -200,3 +206,17 @@ def edit_json(path: Path, **changes: Any) -> None:
     """Sets keys of a JSON object; None removes them."""
     value = {**json.loads(path.read_text()), **changes}
     write_json(path, {k: v for k, v in value.items() if v is not None})
+
+
+@functools.cache
+def tiny_checkpoint() -> Path:
+    """One checkpoint with a tokenizer, for tests that only read it."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    return checkpoint(folder, tokenizer=True)
+
+
+@functools.cache
+def tiny_model() -> jq.LanguageModel:
+    """It, loaded in float32; the same object each time, so that it is compiled once per shape."""
+    return jq.from_pretrained(tiny_checkpoint(), dtype=np.float32)

@@ -322,7 +322,6 @@ def test_requantizing_what_was_dequantized_changes_nothing_but_rounding(weight, 
 NOT_FINITE = [np.nan, -np.nan, np.inf, -np.inf]
 
 
-@pytest.mark.xfail(strict=True, reason="XLA:CPU's maximum of floats loses NaN")
 @given(
     shape_block=st.sampled_from(SHAPES),
     bad=st.sampled_from(NOT_FINITE),

@@ -1,8 +1,12 @@
 """`matmul`: checks the operands and picks an implementation."""
 
+import dataclasses
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxquant.array import QuantizedArray
@@ -51,15 +55,21 @@ def matmul(
     256.0
     """
     _check(x, w, layer)
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise JaxquantError(
+            f"matmul: implementation is {implementation!r}; allowed: {', '.join(IMPLEMENTATIONS)}"
+        )
     out_dtype = jnp.dtype(x.dtype if preferred_element_type is None else preferred_element_type)
     if not isinstance(w, QuantizedArray):
         return xla.plain_matmul(x, w, layer, out_dtype)
+    return _quantized_matmul(x, w, layer, out_dtype, implementation)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _quantized_matmul(
+    x: Any, w: QuantizedArray, layer: Any, out_dtype: Any, implementation: str | None
+) -> Any:
     if implementation is not None:
-        if implementation not in IMPLEMENTATIONS:
-            raise JaxquantError(
-                f"matmul: implementation is {implementation!r}; "
-                f"allowed: {', '.join(IMPLEMENTATIONS)}"
-            )
         return IMPLEMENTATIONS[implementation](x, w, layer, out_dtype)
     reasons = []
     for run in IMPLEMENTATIONS.values():
@@ -70,6 +80,16 @@ def matmul(
     raise NotImplementedError("; ".join(reasons))
 
 
+@_quantized_matmul.defjvp
+def _straight_through(out_dtype, implementation, primals, tangents):
+    # The derivative of rounding is zero or, as JAX has it, a cast of the tangent to float8. So
+    # quantizing x counts as the identity, and the quantized weight as a constant.
+    x, w, layer = primals
+    y = _quantized_matmul(x, w, layer, out_dtype, implementation)
+    weight_only = dataclasses.replace(w, activation_scheme=None)
+    return y, xla.matmul(tangents[0], weight_only, layer, out_dtype)
+
+
 def _check(x: Any, w: Any, layer: Any) -> None:
     # The storage is K-major whatever the logical layout, so look at that.
     shape = w.qvalue.shape if isinstance(w, QuantizedArray) else w.shape
@@ -78,6 +98,8 @@ def _check(x: Any, w: Any, layer: Any) -> None:
     if len(shape) != (2 if layer is None else 3):
         want = "[N, K] (a stack [L, N, K] needs layer=)" if layer is None else "[L, N, K]"
         raise JaxquantError(f"matmul: w is stored as {list(shape)}; allowed: {want}")
+    if isinstance(layer, int | np.integer) and not -shape[0] <= layer < shape[0]:
+        raise JaxquantError(f"matmul: layer is {layer}; allowed: 0 to {shape[0] - 1}")
     if x.ndim < 1 or x.shape[-1] != shape[-1]:
         raise JaxquantError(
             f"matmul: x {list(x.shape)} does not fit w stored as {list(shape)}: "

@@ -16,7 +16,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Float32, Int32
 
 from jaxquant.array import QuantizedArray
-from jaxquant.blocked import dequantize
+from jaxquant.blocked import dequantize, take_layer
 from jaxquant.matmul.xla import plain_matmul
 
 _logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def _differentiable(x: Any, qvalue: Any, scale: Any, layer: Any, out_dtype: Any,
 @_differentiable.defjvp
 def _jvp(out_dtype: Any, sms: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
     x, qvalue, scale, layer = primals
-    w = [lax.dynamic_index_in_dim(a, layer[0], keepdims=False) for a in (qvalue, scale)]
+    w = take_layer(qvalue, layer[0]), take_layer(scale, layer[0])
     w = dequantize(QuantizedArray(*w, block_size=_BLOCK_SIZE, dtype=x.dtype), x.dtype)
     y = _differentiable(x, qvalue, scale, layer, out_dtype, sms)
     return y, plain_matmul(tangents[0], w, None, out_dtype)

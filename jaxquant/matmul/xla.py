@@ -1,5 +1,6 @@
 """The reference: plain XLA, right on every backend, fused by the compiler as far as it goes."""
 
+import math
 from typing import Any
 
 import jax
@@ -57,7 +58,7 @@ def _dequantize_layer(w: QuantizedArray, layer: Any) -> Float32[Array, "N K"]:
 
 
 def _dot_f32(x: Float32[Array, "*batch K"], w: Float32[Array, "N K"]) -> Array:
-    if x.size == x.shape[-1] and jax.default_backend() != "cpu":
+    if math.prod(x.shape[:-1]) == 1 and jax.default_backend() != "cpu":
         # One token: a product and a sum fuse with what makes w, where a dot reads it from memory.
         # On a CPU the dot fuses too, and is the faster one.
         y = jnp.sum(x.reshape(1, -1) * w, axis=-1)

@@ -229,7 +229,6 @@ def test_gradient_of_weight_only_is_dy_times_w():
     assert y.shape == (5, 130)
 
 
-@pytest.mark.xfail(strict=True, reason="the cotangent is cast to float8")
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
 def test_gradient_of_w8a8_goes_straight_through_the_rounding(size):
     """Quantizing activations counts as the identity: dx = dy @ w, of any size."""
@@ -277,13 +276,11 @@ def test_unknown_implementation_is_refused_with_the_known_ones():
         matmul(X, QA, implementation="cuda")
 
 
-@pytest.mark.xfail(strict=True, reason="not looked at for a weight that is not quantized")
 def test_unknown_implementation_is_refused_for_plain_weights_too():
     with pytest.raises(JaxquantError, match="implementation is 'cuda'"):
         matmul(X, X, implementation="cuda")
 
 
-@pytest.mark.xfail(strict=True, reason="clamped to the last layer")
 @pytest.mark.parametrize("layer", [2, -3])
 def test_layer_out_of_range_is_refused(layer):
     with pytest.raises(JaxquantError, match=rf"layer is {layer}; allowed"):

@@ -1,0 +1,287 @@
+"""The Hopper kernels, run by Pallas's interpreter, against the definition in float64.
+
+The interpreter runs their copies, barriers and arithmetic on a CPU. It knows nothing of what a
+GPU's copies do beyond the ends of arrays, nor of how its units round: `test_aot.py` compiles the
+kernels for a GPU, and `benchmarks/matmul.py` runs them on one.
+"""
+
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_reference
+import pytest
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from numpy_reference import BF16, heavy_tailed, make_weight, normal, zero_blocks
+
+from jaxquant import blocked
+from jaxquant.array import QuantizedArray
+from jaxquant.config import QuantConfig
+from jaxquant.matmul import decode_sm90, gemm_sm90, mosaic_gpu
+from jaxquant.matmul.act_quant_sm90 import quantize_activations
+from jaxquant.matmul.api import matmul
+
+# Few, so that a thread block goes through several tiles.
+SMS = 2
+F32 = np.dtype(np.float32)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A CPU that stands in for a Hopper GPU. What lies outside an array reads as zeros there."""
+    monkeypatch.setattr(mosaic_gpu, "_multiprocessors", lambda x: SMS)
+    params = plgpu.InterpretGPUParams(
+        out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
+    )
+    with plgpu.force_gpu_interpret_mode(params):
+        yield
+
+
+def weight(shape: tuple[int, ...], kind: Any = normal, **config: Any) -> QuantizedArray:
+    return blocked.quantize(jnp.asarray(make_weight(kind, shape, BF16, 0)), QuantConfig(**config))
+
+
+def tokens(shape: tuple[int, ...], kind: Any = normal, dtype: np.dtype = BF16) -> jax.Array:
+    return jnp.asarray(make_weight(kind, shape, dtype, 1))
+
+
+def definition(x: jax.Array, qvalue: Any, scale: Any) -> np.ndarray:
+    xq, sx = numpy_reference.quantize_activations(np.asarray(x))
+    a = numpy_reference.dequantize(xq, sx, (1, 128))
+    return a @ numpy_reference.dequantize(np.asarray(qvalue), np.asarray(scale), (128, 128)).T
+
+
+def assert_close(y: Any, expected: np.ndarray) -> None:
+    # What rounding the result costs; the sums in float32 are far closer.
+    tolerance = 3e-3 if y.dtype == BF16 else 1e-6
+    error = np.linalg.norm(np.asarray(y, np.float64) - expected)
+    assert error <= tolerance * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "x_dtype", "out_dtype"),
+    [
+        (1, 64, 128, BF16, BF16),
+        (1, 64, 1024, BF16, BF16),  # K is split
+        (3, 72, 96, F32, F32),
+        (13, 200, 160, BF16, BF16),  # N and K ragged
+        (66, 64, 32, BF16, BF16),
+        (70, 264, 192, BF16, F32),
+        (203, 136, 416, F32, BF16),
+    ],
+)
+def test_a_product_is_the_definitions(hopper, M, N, K, x_dtype, out_dtype):
+    x, w = tokens((M, K), dtype=x_dtype), weight((N, K))
+    y = mosaic_gpu.matmul(x, w, None, out_dtype)
+    assert (y.shape, y.dtype) == ((M, N), out_dtype)
+    assert_close(y, definition(x, w.qvalue, w.scale))
+
+
+@pytest.mark.parametrize("M", [2, 80])
+@pytest.mark.parametrize("kind", [heavy_tailed, zero_blocks])
+def test_values_that_are_hard(hopper, kind, M):
+    x, w = tokens((M, 256), kind), weight((128, 256), kind)
+    y = mosaic_gpu.matmul(x, w, None, BF16)
+    assert_close(y, definition(x, w.qvalue, w.scale))
+
+
+@pytest.mark.parametrize("M", [1, 70])
+def test_zero_tokens_give_zeros(hopper, M):
+    y = mosaic_gpu.matmul(jnp.zeros((M, 160), BF16), weight((64, 160)), None, BF16)
+    assert not np.asarray(y).any()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [gemm_sm90.Config(64, False), gemm_sm90.Config(192, False), gemm_sm90.Config(128, True)],
+)
+def test_every_tile_of_the_prefill_kernel(hopper, config):
+    M, N, K = 200, 264, 160
+    x, w = tokens((M, K)), weight((1, N, K))
+    xq, sx = quantize_activations(x, M, 256)
+    layer = jnp.zeros(1, jnp.int32)
+    y = gemm_sm90.gemm(xq, sx, w.qvalue, w.scale, layer, out_dtype=BF16, config=config, sms=4)
+    assert_close(y, definition(x, w.qvalue[0], w.scale[0]))
+
+
+@pytest.mark.parametrize("tile_n", [64, 128])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_every_cut_of_the_decode_kernel(hopper, tile_n, splits):
+    M, N, K = 5, 136, 384
+    x, w = tokens((M, K)), weight((1, N, K))
+    xq, sx = quantize_activations(x, 8, 64)
+    y = decode_sm90.decode(
+        *(xq, sx, w.qvalue, w.scale, jnp.zeros(1, jnp.int32)),
+        **{"M": M, "out_dtype": BF16, "config": decode_sm90.Config(tile_n, splits), "sms": SMS},
+    )
+    assert_close(y, definition(x, w.qvalue[0], w.scale[0]))
+
+
+@pytest.mark.parametrize(("dtype", "K"), [(BF16, 416), (F32, 96)])
+def test_activations_are_quantized_to_the_byte(hopper, dtype, K):
+    x = np.array(make_weight(heavy_tailed, (24, K), dtype, 3))
+    x[0], x[1, :8], x[2, 0] = 0, -0.0, 1e-12
+    # Quotients halfway between two FP8 values, and beside it.
+    scale = np.float32(3e-3)
+    halves = np.arange(1, 31) * np.float64(scale)
+    x[3, 0], x[3, 1:31] = 448 * scale, halves.astype(dtype)
+    x[4:10, 1:31] = halves.astype(F32) * (1 + np.arange(-3, 3)[:, None] * 2.0**-23)
+    x[4:10, 0] = 448 * scale
+    qvalue, scale = quantize_activations(jnp.asarray(x), 64, 64)
+    expected_qvalue, expected_scale = numpy_reference.quantize_activations(x)
+    assert numpy_reference.differing(qvalue[:24], expected_qvalue) == 0
+    assert numpy_reference.differing(scale.T[:24], expected_scale) == 0
+    assert not np.asarray(qvalue[24:], F32).any()
+
+
+def test_a_scan_reads_each_layer_of_a_stack(hopper):
+    x, w = tokens((4, 128)), weight((3, 64, 128))
+
+    @jax.jit
+    def run(x, w):
+        return lax.scan(lambda _, l: (None, mosaic_gpu.matmul(x, w, l, BF16)), None, jnp.arange(3))
+
+    ys = run(x, w)[1]
+    for y, qvalue, scale in zip(ys, w.qvalue, w.scale, strict=True):
+        assert_close(y, definition(x, qvalue, scale))
+
+
+@pytest.mark.parametrize("shape", [(128,), (2, 3, 128)])
+def test_any_batch_of_tokens(hopper, shape):
+    x, w = tokens((6, 128)), weight((64, 128))
+    expected = definition(x, w.qvalue, w.scale)
+    x, expected = (x[0], expected[0]) if len(shape) == 1 else (x.reshape(shape), expected)
+    y = mosaic_gpu.matmul(x, w, None, BF16)
+    assert y.shape == (*shape[:-1], 64)
+    assert_close(y.reshape(expected.shape), expected)
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)])
+def test_vmap_over_tokens_and_weights(hopper, axes):
+    xs, ws = tokens((2, 4, 128)), weight((2, 64, 128))
+    args = [
+        a if axis == 0 else jax.tree.map(lambda l: l[0], a)
+        for a, axis in zip((xs, ws), axes, strict=True)
+    ]
+    ys = jax.vmap(lambda x, w: mosaic_gpu.matmul(x, w, None, BF16), axes)(*args)
+    for i, y in enumerate(ys):
+        x, j = xs[i if axes[0] == 0 else 0], i if axes[1] == 0 else 0
+        assert_close(y, definition(x, ws.qvalue[j], ws.scale[j]))
+
+
+def test_vmap_over_layers(hopper):
+    x, w = tokens((4, 128)), weight((3, 64, 128))
+    ys = jax.vmap(lambda l: mosaic_gpu.matmul(x, w, l, BF16))(jnp.array([2, 0]))
+    for y, l in zip(ys, (2, 0), strict=True):
+        assert_close(y, definition(x, w.qvalue[l], w.scale[l]))
+
+
+def test_gradients_pass_straight_through(hopper):
+    x, w = tokens((4, 128), dtype=F32), weight((2, 64, 128))
+    dy = tokens((4, 64), dtype=F32)
+    _, vjp = jax.vjp(lambda x: mosaic_gpu.matmul(x, w, 1, F32), x)
+    dequantized = np.asarray(blocked.dequantize(w, jnp.float32))[1]
+    np.testing.assert_allclose(vjp(dy)[0], np.asarray(dy) @ dequantized, rtol=1e-4, atol=1e-5)
+
+
+def refusal(change: Any) -> str:
+    x, w, out_dtype = change(tokens((2, 128)), weight((64, 128)), BF16)
+    with pytest.raises(NotImplementedError) as caught:
+        mosaic_gpu.matmul(x, w, None, out_dtype)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda x, w, out: (x, dataclasses.replace(w, activation_scheme=None), out),
+            "activation_scheme is None; the kernels take 'dynamic'",
+        ),
+        (
+            lambda x, w, out: (x, weight((64, 128), fmt="e5m2"), out),
+            "the weight is float8_e5m2; the kernels take float8_e4m3fn",
+        ),
+        (
+            lambda x, w, out: (x, weight((64, 128), weight_block_size=64), out),
+            "block_size is (64, 64); the kernels take (128, 128)",
+        ),
+        (
+            lambda x, w, out: (x.astype(jnp.float16), w, out),
+            "x is float16; the kernels take bfloat16 and float32",
+        ),
+        (
+            lambda x, w, out: (x, w, jnp.float16),
+            "the result is float16; the kernels take bfloat16 and float32",
+        ),
+        (
+            lambda x, w, out: (x[:0], w, out),
+            "an operand is empty (x [0, 128], w [64, 128]); the kernels take others",
+        ),
+        (
+            lambda x, w, out: (x[:, :72], weight((64, 72)), out),
+            "K is 72; the kernels take multiples of 32",
+        ),
+        (
+            lambda x, w, out: (x, weight((60, 128)), out),
+            "N is 60; the kernels take multiples of 8",
+        ),
+    ],
+)
+def test_operands_it_refuses(hopper, change, message):
+    assert refusal(change) == f"mosaic_gpu: {message}"
+
+
+def test_a_cpu_is_refused_and_noted_once(caplog):
+    mosaic_gpu._log_once.cache_clear()
+    message = "mosaic_gpu: the device is a cpu; the kernels are for Hopper GPUs"
+    with caplog.at_level(logging.INFO, logger="jaxquant"):
+        for _ in range(2):
+            assert refusal(lambda *operands: operands) == message
+    assert [r.getMessage() for r in caplog.records] == [f"{message}: FP8 products run through XLA"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    platform: str
+    device_kind: str
+    compute_capability: str
+    core_count: int = 132
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        (
+            Device("gpu", "NVIDIA L4", "8.9"),
+            "mosaic_gpu: NVIDIA L4 has compute capability 8.9; the kernels are for 9.0 (Hopper)",
+        ),
+        (Device("gpu", "NVIDIA H200", "9.0"), None),
+    ],
+)
+def test_which_gpus_it_runs_on(monkeypatch, device, reason):
+    monkeypatch.setattr(mosaic_gpu, "_device", lambda x: device)
+    if reason is None:
+        assert mosaic_gpu._multiprocessors(None) == 132
+    else:
+        with pytest.raises(NotImplementedError) as caught:
+            mosaic_gpu._multiprocessors(None)
+        assert str(caught.value) == reason
+
+
+def test_the_default_device_is_the_one_that_counts():
+    x, devices = tokens((2, 128)), jax.devices()
+    assert mosaic_gpu._device(jax.device_put(x, devices[-1])) == devices[-1]
+    with jax.default_device(devices[-1]):
+        jax.jit(lambda x: [mosaic_gpu._device(x)] == [devices[-1]] or pytest.fail())(np.ones(2))
+
+
+def test_matmul_prefers_the_kernels_and_falls_back_to_xla(hopper, monkeypatch):
+    x, w = tokens((2, 128)), weight((64, 128))
+    np.testing.assert_array_equal(matmul(x, w), matmul(x, w, implementation="mosaic_gpu"))
+    w = dataclasses.replace(w, activation_scheme=None)
+    np.testing.assert_array_equal(matmul(x, w), matmul(x, w, implementation="xla"))
