@@ -66,12 +66,11 @@ def operands(M: int, N: int, K: int) -> tuple[list[jax.Array], list[jax.Array], 
 
     @jax.jit
     def make(key):
-        x, w = (
-            jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(jax.random.split(key), shapes)
-        )
+        x_key, w_key = jax.random.split(key)
+        x = jax.random.normal(x_key, (M, K), jnp.bfloat16)
+        w = jax.random.normal(w_key, (N, K), jnp.bfloat16)
         return x, w, jq.quantize(w)
 
-    shapes = ((M, K), (N, K))
     made = [make(jax.random.key(i)) for i in range(sets)]
     xs, ws, qs = zip(*made, strict=True)
     return list(xs), list(ws), list(qs)
@@ -90,6 +89,7 @@ def kernel_microseconds(run: Any, args: Sequence[Any], products: int) -> float:
     """Device time of one product's kernels."""
     from jax.experimental.mosaic.gpu import profiler
 
+    times: Any
     _, times = profiler.Cupti(finalize=False).measure(run, iterations=REPEATS)(*args)
     if not times:
         raise RuntimeError("CUPTI saw no kernels")
@@ -133,7 +133,7 @@ def row(M: int, N: int, K: int, times: dict[str, tuple[float, float]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     date = datetime.date.today().isoformat()
     default = pathlib.Path(__file__).parent / "results" / f"matmul-{date}.md"
     parser.add_argument("-o", "--output", type=pathlib.Path, default=default)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         from_pretrained as from_pretrained,
         save_pretrained as save_pretrained,
     )
-    from jaxquant.pipeline import pipeline as pipeline
+    from jaxquant.pipelines import pipeline as pipeline
 
 __version__ = "0.1.0"
 
@@ -33,7 +33,7 @@ _LAZY = {
     "LanguageModel": "jaxquant.language_model",
     "evaluate": "jaxquant.evaluation",
     "from_pretrained": "jaxquant.language_model",
-    "pipeline": "jaxquant.pipeline",
+    "pipeline": "jaxquant.pipelines",
     "quantize_checkpoint": "jaxquant.checkpoint.export",
     "save_pretrained": "jaxquant.language_model",
 }

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,8 +136,10 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
 
 
 def _block_size(text: str) -> tuple[int, int]:
-    out, _, contracting = text.partition("x")
-    return int(out), int(contracting or out)
+    if not re.fullmatch(r"\d+(x\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: one size, or out x in, as in 64x128")
+    sizes = [int(size) for size in text.split("x")]
+    return sizes[0], sizes[-1]
 
 
 def _config(args: argparse.Namespace) -> QuantConfig:
@@ -190,7 +193,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from jaxquant.pipeline import pipeline
+    from jaxquant.pipelines import pipeline
 
     if not args.fp8 and _asked_config(args):
         raise JaxquantError(

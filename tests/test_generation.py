@@ -202,7 +202,7 @@ def test_the_context_ends_generation(model, length):
     assert new == logits[length - 1 : -1].argmax(-1).tolist()
 
 
-def test_prompts_may_be_arrays(model):
+def test_prompts_may_be_arrays(model, unchecked):
     rows = np.asarray([PROMPT, PROMPT[::-1]], np.int32)
     expected = model.generate(rows.tolist(), max_new_tokens=4, stop_tokens=())
     for tokens in (rows, jnp.asarray(rows), list(rows)):
@@ -276,7 +276,7 @@ def test_buckets(n, expected):
         ("seed", None),
     ],
 )
-def test_options_out_of_range_are_named(field, value):
+def test_options_out_of_range_are_named(field, value, unchecked):
     with pytest.raises(
         JaxquantError, match=rf"{field} is {value!r}; allowed: an? ".replace("'", ".")
     ):

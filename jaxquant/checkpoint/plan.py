@@ -75,6 +75,11 @@ def make_plan(folder: CheckpointFolder, config: QuantConfig | None) -> Plan:
     """
     source = str(folder.path / "config.json")
     family = Family(HFConfig(folder.config, source))
+    if family.cfg.num_layers > len(folder.names):  # not even one tensor each
+        raise CheckpointError(
+            f"{source}: num_hidden_layers is {family.cfg.num_layers}, but there are only "
+            f"{len(folder.names)} tensors"
+        )
     stored = stored_quantization(folder.config, source)
     if stored is not None and config is not None and not config.same_bytes(stored):
         raise CheckpointError(

@@ -54,9 +54,10 @@ def _compressed_tensors(fields: Mapping[str, Any]) -> QuantConfig:
     if not isinstance(weights, Mapping) or any(weights.get(k) != v for k, v in wanted.items()):
         raise ConfigError("config_groups.weights", weights, f"{wanted} with block_structure")
     activations = group.get("input_activations")
-    if activations is not None and not activations.get("dynamic"):
+    dynamic = isinstance(activations, Mapping) and activations.get("dynamic") is True
+    if activations is not None and not dynamic:
         raise ConfigError("config_groups.input_activations", activations, "null or dynamic")
     return QuantConfig(
         weight_block_size=weights.get("block_structure") or (0, 0),  # missing: refused
-        activation_scheme=None if activations is None else "dynamic",
+        activation_scheme="dynamic" if dynamic else None,
     )

@@ -13,7 +13,7 @@ from jaxquant.config import QuantConfig
 from jaxquant.demo.checkpoint import materialize
 from jaxquant.errors import JaxquantError
 from jaxquant.evaluation import evaluate, windows
-from jaxquant.pipeline import Pipeline
+from jaxquant.pipelines import Pipeline
 from jaxquant.report import QuantReport
 from jaxquant.text import Tokenizer
 

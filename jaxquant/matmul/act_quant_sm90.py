@@ -32,7 +32,7 @@ def quantize_activations(
       scale_rows: columns of the scales, a multiple of 64; those from M on are the least scale.
 
     Returns:
-      float8_e4m3fn values `[rows, K]` and float32 scales, transposed: `[ceil(K / 128), scale_rows]`.
+      float8_e4m3fn values `[rows, K]`, and float32 scales `[ceil(K / 128), scale_rows]`.
     """
     K = x.shape[1]
     steps = cdiv(K, K_BLOCK)
@@ -62,9 +62,7 @@ def quantize_activations(
 
         plgpu.commit_smem()
         for i in range(blocks):
-            plgpu.copy_smem_to_gmem(
-                q_smem.at[i], q_gmem.at[tokens, columns(i)], commit_group=False
-            )
+            plgpu.copy_smem_to_gmem(q_smem.at[i], q_gmem.at[tokens, columns(i)], commit_group=False)
             plgpu.copy_smem_to_gmem(s_smem.at[i], s_gmem.at[kb0 + i, tokens], commit_group=False)
         plgpu.commit_smem_to_gmem_group()
         plgpu.wait_smem_to_gmem(0)
@@ -95,7 +93,10 @@ def _divide_for_rounding(v: Float32[Array, "M K"], scale: Float32[Array, "M"]) -
     nearest one of 5 bits; its remainder, exact where it is small, leads to the quotient.
     """
     high = _round_bits(scale, 12)  # and 12 bits are left, so that products with 5 bits are exact
-    rows = lambda a: lax.broadcast_in_dim(a, v.shape, [0])
+
+    def rows(a):
+        return lax.broadcast_in_dim(a, v.shape, [0])
+
     inverse = rows(1 / scale)
     halfway = _round_bits(v * inverse, 19)
     remainder = (v - halfway * rows(high)) - halfway * rows(scale - high)

@@ -18,10 +18,12 @@ from jaxtyping import Array, Float, Float32, Int32
 from jaxquant.matmul.sm90 import (
     FP8,
     K_BLOCK,
+    SCALE_ROWS,
     cdiv,
     consumer_registers,
     fill_ring,
     for_each_tile,
+    in_stack,
     multiply,
     next_slot,
     producer_registers,
@@ -102,7 +104,7 @@ def decode(
     (tokens, K), N = xq.shape, wq.shape[1]
     out_dtype = jnp.dtype(out_dtype)
     splits, tile_n = config.splits, config.tile_n
-    steps, scale_rows = cdiv(K, K_BLOCK) // splits, cdiv(N, K_BLOCK)
+    steps = cdiv(K, K_BLOCK) // splits
     consumers = tile_n // 64
     n_tiles = cdiv(N, tile_n)
     slot_bytes = (tile_n + tokens) * K_BLOCK + sx.shape[1] * 4
@@ -114,7 +116,7 @@ def decode(
     def kernel(x_gmem, sx_gmem, w_gmem, sw_gmem, layer_gmem, y_gmem, *scratch):
         x_smem, w_smem, sx_smem, y_smem, full, empty = scratch
         warpgroup = lax.axis_index("warpgroup")
-        l = layer_gmem[0]
+        l = in_stack(layer_gmem[0], wq.shape[0])
 
         def origin(tile):
             """The first row of the weight and the first K block of a tile."""
@@ -180,8 +182,7 @@ def decode(
 
             def do_tile(tile, slot):
                 n0, kb0 = origin(tile)
-                scale_row = jnp.minimum(lax.div(n0, K_BLOCK), scale_rows - 1)
-                slot, total = main_loop(scale_row, kb0, slot)
+                slot, total = main_loop(lax.div(n0, SCALE_ROWS), kb0, slot)
                 epilogue(total, n0, lax.rem(tile, splits))
                 return slot
 

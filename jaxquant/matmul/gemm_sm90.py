@@ -13,10 +13,12 @@ from jaxtyping import Array, Float, Float32, Int32
 from jaxquant.matmul.sm90 import (
     FP8,
     K_BLOCK,
+    SCALE_ROWS,
     cdiv,
     consumer_registers,
     fill_ring,
     for_each_tile,
+    in_stack,
     multiply,
     next_slot,
     producer_registers,
@@ -99,7 +101,7 @@ def gemm(
     (M, K), N = xq.shape, wq.shape[1]
     out_dtype = jnp.dtype(out_dtype)
     N_out = max(round_up(N, _STORE_N), 2 * _STORE_N)
-    steps, scale_rows = cdiv(K, K_BLOCK), cdiv(N, K_BLOCK)
+    steps = cdiv(K, K_BLOCK)
     tile_m, consumers = config.tile_m, config.consumers
     # What one consumer makes of a tile.
     rows, cols = 64, TILE_N if tile_m > 64 else TILE_N // consumers
@@ -112,7 +114,7 @@ def gemm(
     def kernel(x_gmem, sx_gmem, w_gmem, sw_gmem, layer_gmem, y_gmem, *scratch):
         x_smem, w_smem, sx_smem, y_smem, full, empty = scratch
         warpgroup = lax.axis_index("warpgroup")
-        l = layer_gmem[0]
+        l = in_stack(layer_gmem[0], wq.shape[0])
 
         def origin(tile):
             """The first row and column of a tile."""
@@ -156,7 +158,11 @@ def gemm(
                         sx_smem.at[slot, pl.ds(m_offset, rows)],
                         layout=plgpu.Layout.WGMMA.reduce(1),
                     )
-                    w = w_smem.at[slot] if cols == TILE_N else w_smem.at[slot, pl.ds(n_offset, cols)]
+                    w = (
+                        w_smem.at[slot]
+                        if cols == TILE_N
+                        else w_smem.at[slot, pl.ds(n_offset, cols)]
+                    )
                     block = multiply(x_smem.at[slot, pl.ds(m_offset, rows)], w)
                     plgpu.barrier_arrive(empty.at[slot])
                     scale = lax.broadcast_in_dim(x_scale * w_scale, block.shape, [0])
@@ -180,8 +186,7 @@ def gemm(
 
             def do_tile(tile, slot):
                 m0, n0 = origin(tile)
-                scale_row = jnp.minimum(lax.div(n0, K_BLOCK), scale_rows - 1)
-                slot, total = main_loop(scale_row, slot)
+                slot, total = main_loop(lax.div(n0, SCALE_ROWS), slot)
                 epilogue(total, m0 + m_offset, n0 + n_offset)
                 return slot
 

@@ -12,12 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Float32, Int32
 
 from jaxquant.array import QuantizedArray
-from jaxquant.blocked import dequantize, take_layer
-from jaxquant.matmul.xla import plain_matmul
 
 _logger = logging.getLogger(__name__)
 
@@ -34,9 +33,6 @@ def matmul(
 ) -> Float[Array, "*batch N"]:
     """`x @ w^T` in FP8 on a Hopper GPU. See `jaxquant.matmul.matmul`.
 
-    Its derivative with respect to x is that of a product with the dequantized weight, straight
-    through the rounding of x; with respect to w it is zero.
-
     Raises:
       NotImplementedError: the device or the operands are not what the kernels take; says why.
     """
@@ -46,9 +42,8 @@ def matmul(
     if layer is None:
         qvalue, scale, layer = qvalue[None], scale[None], 0
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    y = _differentiable(
-        x.reshape(-1, x.shape[-1]), qvalue, scale, layer, jnp.dtype(out_dtype), sms
-    )
+    run = _batchable(jnp.dtype(out_dtype), sms)
+    y = run(x.reshape(-1, x.shape[-1]), qvalue, scale, layer)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -69,7 +64,7 @@ def _multiprocessors(x: Any) -> int:
 
 
 def _device(x: Any) -> Any:
-    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+    if isinstance(x, jax.Array) and not isinstance(x, Tracer):
         return next(iter(x.devices()))
     # What is traced says nothing of its device: take the one that jit takes.
     default = jax.config.jax_default_device
@@ -106,20 +101,6 @@ def _check_operands(x: Any, w: QuantizedArray, out_dtype: Any) -> None:
         refuse(f"N is {N}", f"multiples of {_N_ALIGNMENT}")
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
-def _differentiable(x: Any, qvalue: Any, scale: Any, layer: Any, out_dtype: Any, sms: int) -> Array:
-    return _batchable(out_dtype, sms)(x, qvalue, scale, layer)
-
-
-@_differentiable.defjvp
-def _jvp(out_dtype: Any, sms: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    x, qvalue, scale, layer = primals
-    w = take_layer(qvalue, layer[0]), take_layer(scale, layer[0])
-    w = dequantize(QuantizedArray(*w, block_size=_BLOCK_SIZE, dtype=x.dtype), x.dtype)
-    y = _differentiable(x, qvalue, scale, layer, out_dtype, sms)
-    return y, plain_matmul(tangents[0], w, None, out_dtype)
-
-
 @functools.cache
 def _batchable(out_dtype: Any, sms: int) -> Any:
     """`_run`, and what `jax.vmap` makes of it."""
@@ -137,13 +118,15 @@ def _batchable(out_dtype: Any, sms: int) -> Any:
             return y.reshape(axis_size, -1, N), True
         # One product after the other, each with its matrix read in place: a batch of stacks is
         # a longer stack.
-        index = jnp.broadcast_to(layer, (axis_size, 1))
+        from jaxquant.matmul.sm90 import in_stack
+
+        L = qvalue.shape[-3]
+        index = jnp.broadcast_to(in_stack(layer, L), (axis_size, 1))
         if w_batched[0] or w_batched[1]:
             qvalue, scale = (
                 a if is_batched else jnp.broadcast_to(a, (axis_size, *a.shape))
                 for a, is_batched in zip((qvalue, scale), w_batched[:2], strict=True)
             )
-            L = qvalue.shape[1]
             index = index + L * jnp.arange(axis_size, dtype=jnp.int32)[:, None]
             qvalue, scale = (a.reshape(-1, *a.shape[2:]) for a in (qvalue, scale))
         if x_batched:
@@ -186,7 +169,5 @@ def _run(
         )
     xq, sx = quantize_activations(x, rows, scale_rows)
     config = gemm_sm90.default_config(M, N, K, sms)
-    y = gemm_sm90.gemm(
-        xq, sx, qvalue, scale, layer, out_dtype=out_dtype, config=config, sms=sms
-    )
+    y = gemm_sm90.gemm(xq, sx, qvalue, scale, layer, out_dtype=out_dtype, config=config, sms=sms)
     return y[:M]

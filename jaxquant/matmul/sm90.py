@@ -23,6 +23,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 FP8 = jnp.float8_e4m3fn
 # One scale, one slot of the ring.
 K_BLOCK = 128
+# Rows of the weight that share a scale.
+SCALE_ROWS = 128
 
 # The producer only issues copies. What it gives up goes to the consumers' accumulators.
 _REGISTERS = 512
@@ -43,6 +45,14 @@ def round_up(a: int, multiple: int) -> int:
     return cdiv(a, multiple) * multiple
 
 
+def in_stack(layer: Any, L: int) -> Any:
+    """The index of a layer among L, taken as `lax.dynamic_index_in_dim` takes it.
+
+    A negative one counts from the end, and one that is outside becomes the nearest inside.
+    """
+    return jnp.clip(jnp.where(layer < 0, layer + L, layer), 0, L - 1)
+
+
 def swizzled(cols: int, dtype: Any) -> tuple[plgpu.Transform, plgpu.Transform]:
     """The tiling of an SMEM tile of a GMEM matrix with `cols` columns.
 
@@ -52,7 +62,10 @@ def swizzled(cols: int, dtype: Any) -> tuple[plgpu.Transform, plgpu.Transform]:
     """
     itemsize = jnp.dtype(dtype).itemsize
     tile = math.gcd(cols, 128 // itemsize)
-    return plgpu.TilingTransform((8, tile)), plgpu.SwizzleTransform(tile * itemsize)
+    return (
+        plgpu.TilingTransform((8, tile)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(tile * itemsize),  # pyright: ignore[reportAbstractUsage]
+    )
 
 
 def next_slot(slot: Any, stages: int) -> Any:
