@@ -21,7 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit status: 0 for success, 1 for an error (one line on stderr), 2 for wrong usage, 130
       if it was interrupted.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help(sys.stderr)
+        return 2
     try:
         args.run(args)
         sys.stdout.flush()
@@ -34,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (JaxquantError, OSError) as error:
         if args.debug:
             raise
-        print("jaxquant: error:", *str(error).splitlines(), file=sys.stderr)
+        text = str(error)
+        if isinstance(error, OSError) and error.filename:
+            text = f"{error.filename}: {error.strerror}"
+        print("jaxquant: error:", *text.splitlines(), file=sys.stderr)
         return 1
     return 0
 
@@ -46,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="jaxquant", description="Blocked FP8 for JAX: quantize, compare and run LLMs."
     )
     parser.add_argument("--version", action="version", version=f"jaxquant {jaxquant.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def command(name: str, run: Any, about: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about)
@@ -91,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command("eval", _eval, "perplexity of FP8 and its KL divergence from BF16")
     evaluate.add_argument("source", metavar="DIR", help="a checkpoint folder or hub id")
-    evaluate.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text")
+    evaluate.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text (Alice)")
     evaluate.add_argument("--window", type=int, default=1024, help="tokens read at once (1024)")
     evaluate.add_argument("--windows", type=int, help="how many (default: all of the text)")
     evaluate.add_argument(
@@ -228,9 +235,10 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     from jaxquant.comparison import compare
+    from jaxquant.data import alice
 
     try:
-        text = args.text.read_text(encoding="utf-8")
+        text = alice() if args.text is None else args.text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise JaxquantError(f"{args.text}: not UTF-8 text: {error}") from None
     result = compare(

@@ -20,8 +20,10 @@ FMT_DTYPES = {
 _FOREIGN_KEYS = frozenset(
     {
         "dequantize",
+        "expert_dtype",
         "ignored_layers",
         "kv_cache_scheme",
+        "modules_to_convert",
         "packed_modules_mapping",
         "quantization_status",
         "quantized_by",

@@ -172,7 +172,7 @@ class _Run:
 
 
 def pipeline(
-    path_or_hub_id: str | os.PathLike,
+    model: str | os.PathLike | LanguageModel,
     quant_config: QuantConfig | Mapping[str, Any] | None = None,
     *,
     chat: bool | None = None,
@@ -181,7 +181,7 @@ def pipeline(
     """Loads a checkpoint and its tokenizer.
 
     Args:
-      path_or_hub_id: as in `from_pretrained`.
+      model: a folder or hub id as in `from_pretrained`, or a model that is loaded already.
       quant_config: as in `from_pretrained`.
       chat: whether prompts go through the checkpoint's chat template; default: if it has one.
       **load_options: of `from_pretrained`: `dtype`, `progress`.
@@ -189,7 +189,11 @@ def pipeline(
     Raises:
       CheckpointError: no tokenizer, or a checkpoint that cannot be loaded as asked.
     """
-    path = resolve(path_or_hub_id)
+    if isinstance(model, LanguageModel):
+        if quant_config is not None or load_options:
+            raise JaxquantError("the model is loaded already; quant_config and load options came")
+        return Pipeline(model, Tokenizer.from_folder(model.path), chat=chat)
+    path = resolve(model)
     tokenizer = Tokenizer.from_folder(path)  # first: it fails sooner
     return Pipeline(from_pretrained(path, quant_config, **load_options), tokenizer, chat=chat)
 

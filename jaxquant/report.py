@@ -30,7 +30,7 @@ class TensorReport:
     relative_error: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class QuantReport:
     """One TensorReport per tensor; prints as a table, and renders as one in a notebook."""
 
@@ -70,6 +70,9 @@ class QuantReport:
             f"{len(self.quantized)} tensors in FP8, {len(self.kept)} kept; "
             f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)}"
         )
+
+    def __repr__(self) -> str:
+        return f"QuantReport({self.summary()})"
 
     def __str__(self) -> str:
         return f"{format_table(*_table(self.tensors))}\n{self.summary()}"
@@ -118,7 +121,7 @@ def group_layers[T](items: Iterable[T], key: Callable[[T], tuple]) -> list[tuple
     groups: dict[tuple, list[T]] = {}
     for item in items:
         path, *rest = key(item)
-        pattern = re.sub(r"(?<![^/])\d+(?![^/])", "*", path)
+        pattern = re.sub(r"(?:(?<![^/])|(?<=_))\d+(?![^/])", "*", path)
         groups.setdefault((pattern, *rest), []).append(item)
     return list(groups.items())
 

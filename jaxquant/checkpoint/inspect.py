@@ -7,6 +7,7 @@ from typing import Any
 from jaxquant.checkpoint.folder import CheckpointFolder
 from jaxquant.checkpoint.hub import resolve
 from jaxquant.checkpoint.stored import stored_quantization
+from jaxquant.config import QuantConfig
 from jaxquant.errors import CheckpointError
 from jaxquant.models.hf_config import HFConfig
 from jaxquant.models.registry import Family
@@ -50,7 +51,9 @@ class Inspection:
             )
             for (pattern, dtype, shape), tensors in groups
         ]
-        quantization = "none" if self.quantization is None else str(self.quantization)
+        quantization = "none"
+        if self.quantization is not None:
+            quantization = QuantConfig.from_dict(self.quantization).describe()
         total = sum(t[3] for t in self.tensors)
         return "\n".join(
             [

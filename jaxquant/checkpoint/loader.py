@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from jaxquant import blocked
 from jaxquant.array import QuantizedArray, nbytes
@@ -226,7 +226,7 @@ def _store(
         error, norm = error_norms(w, piece)
         # A block's scale is finite exactly when all of its weights are.
         finite = jnp.isfinite(piece.scale).all()
-    if not isinstance(param, QuantizedArray):
+    if not isinstance(piece, QuantizedArray):
         return blocked.put(param, piece, layer, row), finite, error, norm
     param = dataclasses.replace(
         param,

@@ -87,6 +87,8 @@ def make_plan(folder: CheckpointFolder, config: QuantConfig | None) -> Plan:
             f"{config.describe()} was asked for; load it as it is, or start from the BF16 one"
         )
     slots = family.slots()
+    if config is not None:
+        _check_kept_modules(folder, config, slots)
     scales = _scale_names(folder, slots)
     _check_names(folder, slots, set(scales.values()))
     items = tuple(
@@ -142,6 +144,20 @@ def _item(
         return Item(name, slot, None, None, reason)
     decision = decide(path, info.shape, info.dtype, config)
     return Item(name, slot, decision.config, None, decision.reason)
+
+
+def _check_kept_modules(
+    folder: CheckpointFolder, config: QuantConfig, slots: Iterable[str]
+) -> None:
+    paths = [name.split(".") for name in slots]
+    for entry in config.modules_to_not_convert:
+        only = dataclasses.replace(config, modules_to_not_convert=(entry,))
+        # A tied head is named by habit, and has no tensor.
+        if entry != "lm_head" and not any(keeps_module(only, path) for path in paths):
+            raise CheckpointError(
+                f"{folder.path}: modules_to_not_convert has {entry!r}, which is no module of the "
+                f"model; modules are named like {'.'.join(paths[1][:-1])}"
+            )
 
 
 def _check_scale(

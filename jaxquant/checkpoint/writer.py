@@ -237,7 +237,8 @@ def _check_destination(directory: Path, overwrite: bool) -> None:
         is_checkpoint = (directory / CONFIG_NAME).is_file()
     if not overwrite:
         raise CheckpointError(
-            f"{directory}: not empty; choose another folder or allow it to be overwritten"
+            f"{directory}: not empty; choose another folder, or replace it with overwrite=True "
+            "(--overwrite)"
         )
     if not is_checkpoint:
         raise CheckpointError(

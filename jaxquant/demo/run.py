@@ -8,8 +8,9 @@ from importlib import resources
 from pathlib import Path
 
 from jaxquant.checkpoint.hub import resolve
-from jaxquant.comparison import Comparison, Row, timed_load
+from jaxquant.comparison import Comparison, Row, kind, timed_load
 from jaxquant.config import QuantConfig
+from jaxquant.data import alice
 from jaxquant.demo.checkpoint import materialize
 from jaxquant.errors import JaxquantError
 from jaxquant.evaluation import evaluate, windows
@@ -43,13 +44,12 @@ def demo(model: str | None, prompt: str, output: Path) -> None:
     fp8, fp8_seconds = timed_load(path, QuantConfig())
     print(fp8.report)
 
-    text = resources.files("jaxquant").joinpath("data/alice.txt").read_text(encoding="utf-8")
-    ids = tokenizer.encode(text, add_special_tokens=False)[:_TOKENS]
+    ids = tokenizer.encode(alice(), add_special_tokens=False)[:_TOKENS]
     _say(f"Reading {len(ids)} tokens of Alice's Adventures in Wonderland with both")
     tokens = windows(ids, min(_WINDOW, bf16.module.cfg.max_position))
     rows = (
-        Row("BF16", bf16.nbytes, bf16_seconds, evaluate(bf16, tokens)),
-        Row("FP8 W8A8", fp8.nbytes, fp8_seconds, evaluate(fp8, tokens, bf16)),
+        Row(kind(bf16), bf16.nbytes, bf16_seconds, evaluate(bf16, tokens)),
+        Row(kind(fp8), fp8.nbytes, fp8_seconds, evaluate(fp8, tokens, bf16)),
     )
     print(Comparison(rows))
 

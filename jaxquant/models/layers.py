@@ -113,7 +113,8 @@ class Rope:
 class Cache:
     """Keys and values of all layers; donate it to the function that extends it.
 
-    Sequences start at slot 0, whatever their length, so a result does not depend on the batch.
+    Sequences start at slot 0, whatever their length, so but for rounding a result does not depend
+    on the rest of the batch.
 
     Attributes:
       k: `[L, B, S, H, D]`, H key/value heads, S slots.
