@@ -480,3 +480,16 @@ def test_float64_weights_dequantize_without_a_warning():
     qa = blocked.quantize(w)
     assert_same_bytes(qa, numpy_reference.quantize(w.astype(np.float32), QuantConfig()))
     assert qa.dequantize().dtype == jnp.float32
+
+
+def test_a_quotient_that_is_off_by_a_few_ulp_is_corrected_to_ieee_division():
+    """GPUs divide to within 2 ulp; the correction is plain arithmetic, so a CPU shows it right."""
+    rng = np.random.default_rng(0)
+    a = (rng.normal(size=1 << 18) * 2.0 ** rng.integers(-30, 30, 1 << 18)).astype(np.float32)
+    b = (rng.uniform(1, 2, 1 << 18) * 2.0 ** rng.integers(-30, 30, 1 << 18)).astype(np.float32)
+    for ulps in (-2, -1, 0, 1, 2):
+        quotient = ((a / b).view(np.int32) + ulps).view(np.float32)
+        corrected = np.asarray(jax.jit(blocked._corrected)(quotient, a, b))
+        np.testing.assert_array_equal(corrected, a / b)
+    zeros = np.zeros(4, np.float32)
+    np.testing.assert_array_equal(blocked._corrected(zeros, zeros, b[:4]), zeros)

@@ -1,7 +1,7 @@
 """What the Hopper kernels share: operand tiling and the ring of SMEM buffers.
 
 A kernel is one producer warpgroup, which copies tiles from GMEM with the tensor memory
-accelerator (TMA), and one or two or three consumer warpgroups, which multiply them. Between the
+accelerator (TMA), and one to three consumer warpgroups, which multiply them. Between the
 two stands a ring of `stages` SMEM slots, each of one 128-wide block of K:
 
     full[slot]    completes when the copies into a slot have landed
@@ -26,7 +26,8 @@ K_BLOCK = 128
 # Rows of the weight that share a scale.
 SCALE_ROWS = 128
 
-# The producer only issues copies. What it gives up goes to the consumers' accumulators.
+# Registers of one thread of each warpgroup together, where a thread block has a multiprocessor to
+# itself. The producer only issues copies; what it gives up goes to the consumers' accumulators.
 _REGISTERS = 512
 _PRODUCER_REGISTERS = 40
 _MAX_REGISTERS = 240
