@@ -29,6 +29,7 @@ _DTYPE_NAMES = {
 }
 
 BLOCK = 32
+BLOCKS = (BLOCK, BLOCK)
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -491,5 +491,5 @@ def test_a_quotient_that_is_off_by_a_few_ulp_is_corrected_to_ieee_division():
         quotient = ((a / b).view(np.int32) + ulps).view(np.float32)
         corrected = np.asarray(jax.jit(blocked._corrected)(quotient, a, b))
         np.testing.assert_array_equal(corrected, a / b)
-    zeros = np.zeros(4, np.float32)
-    np.testing.assert_array_equal(blocked._corrected(zeros, zeros, b[:4]), zeros)
+    zeros = jnp.zeros(4, jnp.float32)
+    np.testing.assert_array_equal(blocked._corrected(zeros, zeros, jnp.asarray(b[:4])), zeros)

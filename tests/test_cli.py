@@ -27,7 +27,7 @@ def source():
 def fp8(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fp8") / "checkpoint"
     jq.quantize_checkpoint(
-        builders.tiny_checkpoint(), folder, jq.QuantConfig(weight_block_size=BLOCK)
+        builders.tiny_checkpoint(), folder, jq.QuantConfig(weight_block_size=builders.BLOCKS)
     )
     return str(folder)
 
@@ -89,7 +89,6 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     "argv",
     [
-        [],
         ["unknown"],
         ["inspect"],
         ["quantize", "SRC"],
@@ -98,7 +97,7 @@ def test_version(capsys):
         ["quantize", "SRC", "DST", "--fmt", "e3m4"],
         ["quantize", "SRC", "DST", "--block-size", "64x"],
         ["quantize", "SRC", "DST", "--block-size", "a"],
-        ["eval", "DIR"],
+        ["eval"],
     ],
 )
 def test_wrong_usage_exits_with_2(argv, capsys):
@@ -106,6 +105,13 @@ def test_wrong_usage_exits_with_2(argv, capsys):
         cli.main(argv)
     assert caught.value.code == 2
     assert "usage: jaxquant" in capsys.readouterr().err
+
+
+def test_no_command_shows_the_help(capsys):
+    assert cli.main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert all(f"\n    {command} " in err for command in COMMANDS)
 
 
 class TestQuantize:
@@ -128,6 +134,7 @@ class TestQuantize:
             "--scale-fmt", "ue8m0", "--keep", "layers.0.mlp", "--keep", "o_proj",
         )  # fmt: skip
         config = jq.from_pretrained(tmp_path / "fp8").quant_config
+        assert config is not None
         assert (config.weight_block_size, config.fmt, config.scale_fmt) == (
             (16, 48),
             "e5m2",
@@ -145,7 +152,8 @@ class TestQuantize:
         run("quantize", *BLOCKS, source, str(directory))
         assert f"{directory}: not empty" in fails("quantize", source, str(directory))
         run("quantize", source, str(directory), "--overwrite")
-        assert jq.from_pretrained(directory).quant_config.weight_block_size == (128, 128)
+        quantization = json.loads((directory / "config.json").read_text())["quantization_config"]
+        assert quantization["weight_block_size"] == [128, 128]
 
 
 class TestInspect:

@@ -14,7 +14,7 @@ from jaxquant.errors import CheckpointError, JaxquantError
 from jaxquant.evaluation import Evaluation, evaluate, windows
 from jaxquant.text import Tokenizer
 
-CONFIG = jq.QuantConfig(weight_block_size=BLOCK)
+CONFIG = jq.QuantConfig(weight_block_size=builders.BLOCKS)
 TEXT = "Alice was beginning to get very tired of sitting by her sister on the bank. " * 3
 
 
@@ -147,12 +147,12 @@ class TestCompare:
         assert against == online
 
     def test_what_is_asked_of_an_fp8_checkpoint_is_not_ignored(self, fp8_checkpoint):
-        config = jq.QuantConfig(weight_block_size=BLOCK, activation_scheme=None)
+        config = jq.QuantConfig(weight_block_size=builders.BLOCKS, activation_scheme=None)
         rows, _ = self.run(fp8_checkpoint, config)
         assert [name for name, _ in rows] == ["FP8 W8A8", "FP8 W8A16"]
-        assert rows[1][1] > 0
-        with pytest.raises(CheckpointError, match="is FP8 already .*32x32.* but .*64x64"):
-            self.run(fp8_checkpoint, jq.QuantConfig(weight_block_size=64))
+        assert rows[1][1] != pytest.approx(0, abs=1e-4)
+        with pytest.raises(CheckpointError, match=r"is FP8 already .*32x32.* but .*64x64"):
+            self.run(fp8_checkpoint, jq.QuantConfig(weight_block_size=(64, 64)))
 
     def test_a_reference_may_be_fp8(self, fp8_checkpoint):
         rows, _ = self.run(builders.tiny_checkpoint(), CONFIG, against=fp8_checkpoint)
@@ -167,7 +167,7 @@ class TestBench:
     def test_times_are_positive(self, fp8_checkpoint):
         result = bench(
             fp8_checkpoint,
-            jq.QuantConfig(weight_block_size=BLOCK, activation_scheme=None),
+            jq.QuantConfig(weight_block_size=builders.BLOCKS, activation_scheme=None),
             batch=2,
             prompt_tokens=4,
             new_tokens=4,
@@ -189,5 +189,7 @@ class TestBench:
             bench(builders.tiny_checkpoint(), batch=batch, prompt_tokens=prompt, new_tokens=new)
 
     def test_sizes_fit_the_context(self):
-        with pytest.raises(JaxquantError, match="90 prompt and 7 new tokens; the context .* is 96"):
+        with pytest.raises(
+            JaxquantError, match=r"90 prompt and 7 new tokens; the context .* is 96"
+        ):
             bench(builders.tiny_checkpoint(), prompt_tokens=90, new_tokens=7)

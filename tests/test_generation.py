@@ -1,6 +1,8 @@
 """Sampling against transformers' definitions in numpy; the decode loop against the full forward."""
 
 import dataclasses
+from itertools import chain
+from typing import Any
 
 import builders
 import jax
@@ -106,7 +108,7 @@ def test_greedy_is_the_most_likely_after_the_penalty(penalty):
 
 @pytest.mark.parametrize("temperature", [1e-44, 1e-30, 1e-6])
 def test_a_temperature_near_zero_is_greedy(temperature):
-    logits = np.float32([-3e4, 2e4, 1e4, 1.5e4])
+    logits = np.asarray([-3e4, 2e4, 1e4, 1.5e4], np.float32)
     tokens = draw(logits, np.zeros(4, bool), Sampling(temperature=temperature, top_p=0.9), 50)
     assert (tokens == 1).all()
 
@@ -140,7 +142,7 @@ def test_chunks_add_up(model, sampling):
         pieces = list(
             generation.stream(model.module, prompts, sampling, max_new_tokens=20, chunk=chunk)
         )
-        assert [sum(row, []) for row in zip(*pieces, strict=True)] == whole
+        assert [list(chain(*row)) for row in zip(*pieces, strict=True)] == whole
         assert max(len(piece) for piece in pieces[0]) == min(chunk, 20)
 
 
@@ -165,7 +167,7 @@ def test_a_stop_token_is_the_last(model):
             model.module, [PROMPT], Sampling(), max_new_tokens=16, stop_tokens=[stop], chunk=2
         )
     )
-    assert sum((row for (row,) in pieces), []) == expected
+    assert list(chain(*(row for (row,) in pieces))) == expected
     assert pieces[-1] != [[]]
 
 
@@ -189,7 +191,7 @@ def test_the_checkpoints_stop_tokens_are_the_default(model, monkeypatch):
     monkeypatch.setattr(model, "generation_config", {})
     assert model.stop_tokens == (builders.CONFIG["eos_token_id"],)
     monkeypatch.setattr(model, "generation_config", {"eos_token_id": "</s>"})
-    with pytest.raises(JaxquantError, match="eos_token_id is .*'</s>'.*; allowed: a token id"):
+    with pytest.raises(JaxquantError, match=r"eos_token_id is .*'</s>'.*; allowed: a token id"):
         model.generate([PROMPT])
 
 
@@ -212,8 +214,10 @@ def test_prompts_may_be_arrays(model, unchecked):
 def test_compiled_once_per_bucket(model):
     """Lengths, counts and values of sampling share code; flags and buckets have their own."""
 
+    prefill_and_decode: Any = generation._prefill, generation._decode
+
     def sizes():
-        return generation._prefill._cache_size(), generation._decode._cache_size()
+        return tuple(function._cache_size() for function in prefill_and_decode)
 
     def run(length, new, **sampling):
         generation.generate(

@@ -1,6 +1,7 @@
 """Prompts in, text out: batches, conversations, stops, streams, and what is refused."""
 
 import shutil
+from typing import Any
 
 import builders
 import pytest
@@ -10,7 +11,7 @@ from jaxquant.errors import CheckpointError, JaxquantError
 from jaxquant.pipelines import Pipeline, Response
 from jaxquant.text import Tokenizer
 
-OPTIONS = {"max_new_tokens": 24}
+OPTIONS: dict[str, Any] = {"max_new_tokens": 24}
 # A tiny model's most likely tokens repeat themselves; sampled ones are of all kinds.
 SAMPLED = {**OPTIONS, "temperature": 1.5, "seed": 5}
 
@@ -47,10 +48,18 @@ def test_a_list_gives_a_list(pipe):
 
 
 def test_from_a_folder():
-    pipe = jq.pipeline(builders.tiny_checkpoint(), jq.QuantConfig(weight_block_size=builders.BLOCK))
+    pipe = jq.pipeline(
+        builders.tiny_checkpoint(), jq.QuantConfig(weight_block_size=builders.BLOCKS)
+    )
     assert pipe.model.quant_config is not None
     assert not pipe.chat
     assert len(pipe(["Hi, pls intro yourself", "Shanghai is"], max_new_tokens=4)) == 2
+
+
+def test_of_a_loaded_model(pipe):
+    assert jq.pipeline(builders.tiny_model())("Hello", **OPTIONS) == pipe("Hello", **OPTIONS)
+    with pytest.raises(JaxquantError, match="the model is loaded already"):
+        jq.pipeline(builders.tiny_model(), jq.QuantConfig())
 
 
 def test_conversations_go_through_the_template(chat):
@@ -232,8 +241,7 @@ def test_no_tokenizer_is_said_before_the_model_loads(tmp_path):
 
 def test_a_tokenizer_of_another_model(tmp_path):
     """Its ids are outside the vocabulary."""
-    folder = builders.checkpoint(tmp_path / "w", vocab_size=100, config=builders.CONFIG,
-                                 weights=builders.tensors({**builders.CONFIG, "vocab_size": 100}))  # fmt: skip
+    folder = builders.checkpoint(tmp_path / "w", config={**builders.CONFIG, "vocab_size": 100})
     shutil.copy(builders.tiny_checkpoint() / "tokenizer.json", folder)
-    with pytest.raises(JaxquantError, match="prompt 0 has the token id .*; allowed: 0 to 99"):
+    with pytest.raises(JaxquantError, match=r"prompt 0 has the token id .*; allowed: 0 to 99"):
         jq.pipeline(folder)("你好")

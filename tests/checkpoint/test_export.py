@@ -19,7 +19,7 @@ from flax import nnx
 import jaxquant as jq
 from jaxquant.errors import CheckpointError, JaxquantError
 
-CONFIG = jq.QuantConfig(weight_block_size=BLOCK)
+CONFIG = jq.QuantConfig(weight_block_size=builders.BLOCKS)
 ROOT = Path(__file__).parents[2]
 
 
@@ -166,7 +166,7 @@ def test_fp8_sources_are_not_quantized_again(tmp_path, source):
     jq.quantize_checkpoint(source, tmp_path / "fp8", CONFIG)
     with pytest.raises(CheckpointError, match="fp8: the checkpoint is FP8 already"):
         jq.quantize_checkpoint(tmp_path / "fp8", tmp_path / "again", CONFIG)
-    with pytest.raises(CheckpointError, match="is FP8 already .*128x128"):
+    with pytest.raises(CheckpointError, match=r"is FP8 already .*128x128"):
         jq.quantize_checkpoint(tmp_path / "fp8", tmp_path / "again")
     assert not (tmp_path / "again").exists()
 

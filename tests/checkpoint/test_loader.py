@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import builders
 import jax
@@ -21,7 +22,7 @@ from jaxquant.errors import CheckpointError, JaxquantError
 from jaxquant.models.hf_config import HFConfig
 from jaxquant.models.registry import Family, get_param
 
-CONFIG = jq.QuantConfig(weight_block_size=BLOCK)
+CONFIG = jq.QuantConfig(weight_block_size=builders.BLOCKS)
 QUANTIZATION = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -151,7 +152,7 @@ class TestOnlineQuantization:
 
     @pytest.mark.parametrize("asked", ["fp8", True, 128])
     def test_anything_else_is_no_config(self, source, asked, unchecked):
-        with pytest.raises(JaxquantError, match="quant_config is .*; allowed: None or a Quant"):
+        with pytest.raises(JaxquantError, match=r"quant_config is .*; allowed: None or a Quant"):
             jq.from_pretrained(source, asked)
 
     def test_dtypes_that_do_not_compute_are_refused(self, source):
@@ -160,7 +161,7 @@ class TestOnlineQuantization:
 
     def test_nothing_to_quantize_is_an_error(self, source):
         config = jq.QuantConfig(modules_to_not_convert=("model",))
-        with pytest.raises(CheckpointError, match="no tensor would be quantized.*'model'"):
+        with pytest.raises(CheckpointError, match=r"no tensor would be quantized.*'model'"):
             jq.from_pretrained(source, config)
 
     def test_the_report_is_of_every_tensor_and_the_same_each_time(self, source, weights):
@@ -204,7 +205,9 @@ class TestStoredFP8:
         assert len(model.report.quantized) == len(scales)
         return model
 
-    def write(self, folder, weights, *, dtype=np.float32, suffix="_scale_inv", **options):
+    def write(
+        self, folder, weights, *, dtype: Any = np.float32, suffix="_scale_inv", **options: Any
+    ):
         config = options.pop("quantization", QUANTIZATION)
         fp8, scales = builders.fp8_weights(weights, ue8m0=dtype != np.float32)
         stored = {name + suffix: scale.astype(dtype) for name, scale in scales.items()}

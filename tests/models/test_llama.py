@@ -61,7 +61,8 @@ def test_configs_of_older_releases_mean_the_same(golden, tmp_path, case):
     assert old.module.cfg == golden(case).module.cfg
 
 
-def test_prefill_and_decode_equal_the_full_forward(golden, case="mistral"):
+def test_prefill_and_decode_equal_the_full_forward(golden):
+    case = "mistral"
     module, tokens = golden(case).module, expected(case)["tokens"]
     full = golden(case)(tokens)
     cache = module.empty_cache(2, 32)
@@ -75,7 +76,8 @@ def test_prefill_and_decode_equal_the_full_forward(golden, case="mistral"):
     assert np.array_equal(cache.lengths, lengths + 4)
 
 
-def test_a_batch_of_unequal_prompts_equals_each_alone(golden, case="mistral"):
+def test_a_batch_of_unequal_prompts_equals_each_alone(golden):
+    case = "mistral"
     model, tokens = golden(case), expected(case)["tokens"][0].tolist()
     prompts = [tokens[:3], tokens, tokens[5:16]]
     together = model.generate(prompts, max_new_tokens=10, stop_tokens=())
@@ -125,7 +127,9 @@ def test_layers_that_differ_in_what_is_quantized(tmp_path, kept, segments):
     """Stacks of their own, and the numbers of a plain model of the dequantized weights."""
     weights = builders.tensors({**builders.CONFIG, "num_hidden_layers": 3})
     config = jq.QuantConfig(
-        activation_scheme=None, weight_block_size=builders.BLOCK, modules_to_not_convert=tuple(kept)
+        activation_scheme=None,
+        weight_block_size=builders.BLOCKS,
+        modules_to_not_convert=tuple(kept),
     )
 
     def is_kept(name):
