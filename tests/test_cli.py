@@ -267,6 +267,8 @@ def test_bench(run, source):
 
 
 class TestDemo:
+    # matplotlib 3.10.0 with a pyparsing that is newer.
+    @pytest.mark.filterwarnings("ignore:.* deprecated - use:DeprecationWarning")
     def test_any_checkpoint(self, run, source, tmp_path):
         out = run("demo", "--model", source, "--prompt", "Hello", "--output", str(tmp_path / "o"))
         assert "14 tensors in FP8" in out

@@ -1,6 +1,7 @@
 """Building blocks of decoder-only models: linear, norm, rotary embedding, cached attention."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -114,22 +115,23 @@ class Cache:
     """Keys and values of all layers; donate it to the function that extends it.
 
     Sequences start at slot 0, whatever their length, so but for rounding a result does not depend
-    on the rest of the batch.
+    on the rest of the batch. Heads come before slots, so that a decode step reads each head's in
+    one piece.
 
     Attributes:
-      k: `[L, B, S, H, D]`, H key/value heads, S slots.
+      k: `[L, B, H, S, D]`, H key/value heads, S slots.
       v: likewise.
       lengths: `[B]` int32, how many slots of each sequence are filled.
     """
 
-    k: Float[Array, "L B S H D"]
-    v: Float[Array, "L B S H D"]
+    k: Float[Array, "L B H S D"]
+    v: Float[Array, "L B H S D"]
     lengths: Int[Array, " B"]
 
     @staticmethod
-    def empty(L: int, B: int, S: int, H: int, D: int, dtype: Any) -> "Cache":
+    def empty(L: int, B: int, H: int, S: int, D: int, dtype: Any) -> "Cache":
         """A cache with no filled slots."""
-        shape = (L, B, S, H, D)
+        shape = (L, B, H, S, D)
         return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((B,), jnp.int32))
 
 
@@ -141,29 +143,37 @@ def causal_attention(
 ) -> Float[Array, "B T Hq D"]:
     """Each token attends to itself and those before it, the last `window` of them if given."""
     left = None if window is None or window >= q.shape[1] else (window - 1, 0)
-    return _attention(q, k, v, is_causal=True, local_window_size=left)
+    attend = functools.partial(
+        jax.nn.dot_product_attention, q, k, v, is_causal=True, local_window_size=left
+    )
+    # cuDNN's flash attention takes 16-bit inputs and heads of up to 128 in steps of 8.
+    flash = q.dtype != jnp.float32 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    if flash and q.shape[1] > 1 and jax.default_backend() == "gpu":
+        return attend(implementation="cudnn")
+    with jax.default_matmul_precision(_precision(q.dtype)):
+        return attend(implementation="xla")
 
 
 def cached_attention(
     q: Float[Array, "B 1 Hq D"],
-    k: Float[Array, "B S H D"],
-    v: Float[Array, "B S H D"],
+    k: Float[Array, "B H S D"],
+    v: Float[Array, "B H S D"],
     position: Int[Array, " B"],
     window: int | None,
 ) -> Float[Array, "B 1 Hq D"]:
     """The token at `position` of each sequence attends to slots 0 to position, or the last ones."""
-    slot, last = jnp.arange(k.shape[1]), position[:, None]
+    (B, H, S, D), precision = k.shape, _precision(q.dtype)
+    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    logits = product("bhgd,bhsd->bhgs", q.reshape(B, H, -1, D), k) / math.sqrt(D)
+    slot, last = jnp.arange(S), position[:, None]
     mask = slot <= last
-    if window is not None and window < k.shape[1]:
+    if window is not None and window < S:
         mask &= slot > last - window
-    return _attention(q, k, v, mask=mask[:, None, None, :])
+    logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return product("bhgs,bhsd->bhgd", weights, v).astype(q.dtype).reshape(q.shape)
 
 
-def _attention(q: Array, k: Array, v: Array, **kwargs: Any) -> Array:
-    # cuDNN's flash attention takes 16-bit inputs and heads of up to 128 in steps of 8.
-    flash = q.dtype != jnp.float32 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    if flash and q.shape[1] > 1 and jax.default_backend() == "gpu":
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **kwargs)
+def _precision(dtype: Any) -> str | None:
     # float32 means float32: the default precision on accelerators is TF32.
-    with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else None):
-        return jax.nn.dot_product_attention(q, k, v, implementation="xla", **kwargs)
+    return "highest" if dtype == jnp.float32 else None

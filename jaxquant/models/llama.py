@@ -184,8 +184,8 @@ class Llama(nnx.Module):
         def attend(q: Array, k: Array, v: Array, cache: Cache, l: Array) -> tuple[Array, Cache]:
             cache = dataclasses.replace(
                 cache,
-                k=lax.dynamic_update_slice(cache.k, k[None], (l, 0, 0, 0, 0)),
-                v=lax.dynamic_update_slice(cache.v, v[None], (l, 0, 0, 0, 0)),
+                k=lax.dynamic_update_slice(cache.k, k.swapaxes(1, 2)[None], (l, 0, 0, 0, 0)),
+                v=lax.dynamic_update_slice(cache.v, v.swapaxes(1, 2)[None], (l, 0, 0, 0, 0)),
             )
             return causal_attention(q, k, v, cfg.window), cache
 
@@ -205,8 +205,8 @@ class Llama(nnx.Module):
         def attend(q: Array, k: Array, v: Array, cache: Cache, l: Array) -> tuple[Array, Cache]:
             cache = dataclasses.replace(
                 cache,
-                k=cache.k.at[l, rows, position].set(k[:, 0]),
-                v=cache.v.at[l, rows, position].set(v[:, 0]),
+                k=cache.k.at[l, rows, :, position].set(k[:, 0]),
+                v=cache.v.at[l, rows, :, position].set(v[:, 0]),
             )
             out = cached_attention(q, cache.k[l], cache.v[l], position, cfg.window)
             return out, cache
@@ -241,7 +241,7 @@ class Llama(nnx.Module):
     def empty_cache(self, B: int, S: int) -> Cache:
         """A cache for B sequences of up to S tokens."""
         cfg, dtype = self.cfg, self.embed_tokens.weight.get_value().dtype
-        return Cache.empty(cfg.num_layers, B, S, cfg.num_kv_heads, cfg.head_dim, dtype)
+        return Cache.empty(cfg.num_layers, B, cfg.num_kv_heads, S, cfg.head_dim, dtype)
 
 
 def _positions(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
