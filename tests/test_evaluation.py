@@ -57,7 +57,7 @@ def test_scores_are_their_definitions(model, tmp_path):
     assert got.kl == pytest.approx(kl, rel=1e-3)
     assert got.agreement == pytest.approx(agreement, abs=1e-6)
     reverse = (np.exp(logp) * (logp - reference)).sum(-1).mean()
-    assert abs(reverse - kl) > 0.1 * kl  # the test tells the two apart
+    assert abs(reverse - kl) > 0.05 * kl  # the test tells the two apart
     assert agreement < 1
 
 
