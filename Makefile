@@ -12,7 +12,7 @@ GPU_EXTRA := $(if $(CUDA),$(if $(filter 12,$(CUDA)),$(comma)cuda12,$(comma)cuda1
 VENV := .venv
 PIP_FLAGS := --quiet --disable-pip-version-check
 
-.PHONY: demo test lint types notebooks test-lowest clean help
+.PHONY: demo test lint types notebooks test-lowest test-kernels clean help
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,6 +38,9 @@ notebooks: $(VENV)/test/.dev ## run the notebooks
 test-lowest: $(VENV)/lowest/.done ## run the core tests with the lowest allowed versions
 	@$(VENV)/lowest/bin/python -m pytest tests --ignore tests/demo -p no:cacheprovider
 
+test-kernels: $(VENV)/kernels/.done ## compile the GPU kernels for an H200; needs no GPU
+	@$(VENV)/kernels/bin/python -m pytest tests/matmul/test_aot.py
+
 clean: ## remove the virtual environments
 	rm -rf $(VENV)
 
@@ -47,18 +50,28 @@ define install
 	@echo "Installing into $(VENV)/$(1) with $$($(PYTHON) --version)$(if $(CUDA), for CUDA $(CUDA))"
 	@$(PYTHON) -m venv $(VENV)/$(1)
 	@$(VENV)/$(1)/bin/python -m pip install $(PIP_FLAGS) $(2)
-	@touch $@
 endef
 
 $(VENV)/demo/.done: pyproject.toml
 	$(call install,demo,-e '.[demo$(GPU_EXTRA)]')
+	@touch $@
 
 $(VENV)/test/.done: pyproject.toml
 	$(call install,test,-e '.[test$(GPU_EXTRA)]')
+	@touch $@
 
 $(VENV)/test/.dev: $(VENV)/test/.done
 	@$(VENV)/test/bin/python -m pip install $(PIP_FLAGS) -e '.[dev]'
 	@touch $@
 
+# Without its dependencies the CUDA plugin compiles, but finds no GPU libraries.
+$(VENV)/kernels/.done: pyproject.toml
+	$(call install,kernels,-e '.[test]')
+	@version=$$($(VENV)/kernels/bin/python -c 'import jaxlib; print(jaxlib.__version__)'); \
+	$(VENV)/kernels/bin/python -m pip install $(PIP_FLAGS) --no-deps \
+		jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
+	@touch $@
+
 $(VENV)/lowest/.done: pyproject.toml constraints-lowest.txt
 	$(call install,lowest,-e '.[test]' -c constraints-lowest.txt)
+	@touch $@

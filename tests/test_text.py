@@ -11,8 +11,7 @@ import jinja2
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tokenizers import (
     AddedToken,
     decoders,
