@@ -136,8 +136,8 @@ def generate(
 
 
 def bucket(n: int) -> int:
-    """n rounded up, so that few shapes are compiled: powers of two from 32, then 1024's."""
-    return max(32, _power_of_two(n)) if n <= 1024 else -(-n // 1024) * 1024
+    """n rounded up, so that few shapes are compiled: powers of two from 32, then 512's."""
+    return max(32, _power_of_two(n)) if n <= 512 else -(-n // 512) * 512
 
 
 def _power_of_two(n: int) -> int:

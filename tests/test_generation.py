@@ -256,7 +256,7 @@ def test_the_cache_is_donated(model):
 
 
 @pytest.mark.parametrize(
-    ("n", "expected"), [(1, 32), (32, 32), (33, 64), (1024, 1024), (1025, 2048), (2049, 3072)]
+    ("n", "expected"), [(1, 32), (32, 32), (33, 64), (512, 512), (513, 1024), (1025, 1536)]
 )
 def test_buckets(n, expected):
     assert generation.bucket(n) == expected
