@@ -217,7 +217,7 @@ def test_destination_that_is_taken(tmp_path):
     out.unlink()
     out.mkdir()
     write_folder(out, sources(), config={})  # an empty folder is as good as none
-    refuse(out, "out: not empty; choose another folder or allow it to be overwritten")
+    refuse(out, "out: not empty; choose another folder, or replace it with overwrite=True")
     assert_holds(out)
 
 
