@@ -25,13 +25,21 @@ if TYPE_CHECKING:
         save_pretrained as save_pretrained,
     )
     from jaxquant.pipelines import pipeline as pipeline
+    from jaxquant.transform import (
+        Fp8Report as Fp8Report,
+        fp8 as fp8,
+        fp8_report as fp8_report,
+    )
 
 __version__ = "0.1.0"
 
 # Models need flax.nnx and tokenizers, whose import takes longer than all of the rest.
 _LAZY = {
+    "Fp8Report": "jaxquant.transform",
     "LanguageModel": "jaxquant.language_model",
     "evaluate": "jaxquant.evaluation",
+    "fp8": "jaxquant.transform",
+    "fp8_report": "jaxquant.transform",
     "from_pretrained": "jaxquant.language_model",
     "pipeline": "jaxquant.pipelines",
     "quantize_checkpoint": "jaxquant.checkpoint.export",

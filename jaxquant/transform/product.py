@@ -1,0 +1,99 @@
+"""`dot_general` of an array and a View, as `jaxquant.matmul`."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxquant.array import QuantizedArray
+from jaxquant.matmul import matmul
+from jaxquant.transform import view as views
+from jaxquant.transform.view import OUT, STACK, Dim, View
+
+
+def refusal(w: View, contracting: tuple[int, ...], batch: tuple[int, ...]) -> str:
+    """Why a product with these dimensions of the view cannot run on its blocks; "" if it can.
+
+    The contracting dimensions have to hold all of the stored contraction axis and nothing else,
+    the batch dimensions nothing but the stack.
+    """
+    axes = {f.axis for i in contracting for f in w.dims[i]}
+    whole = math.prod(views.dim_size(w.dims[i]) for i in contracting)
+    if math.prod(w.shape) == 0:
+        return "the weight is empty"
+    if STACK in axes:
+        return "it contracts an axis along which the weight was taken for a stack of matrices"
+    if OUT in axes:
+        other = not w.stored.transposed
+        return f"it contracts the output axis of the blocks; Rule(transposed={other}) fits this use"
+    if whole != w.stored.qvalue.shape[-1]:
+        return "it contracts a part of the contraction axis"
+    if {f.axis for i in batch for f in w.dims[i]} - {STACK}:
+        return "a batch dimension is no axis of the stack"
+    return ""
+
+
+def product(
+    x: jax.Array,
+    w: View,
+    contracting: tuple[tuple[int, ...], tuple[int, ...]],
+    batch: tuple[tuple[int, ...], tuple[int, ...]],
+    out_dtype: Any,
+) -> jax.Array:
+    """`lax.dot_general(x, w, (contracting, batch))` for a view that `refusal` has let pass.
+
+    A batch of matrices, or several that all take the same x, run one after the other, each in its
+    place in the stack.
+    """
+    (x_contracting, w_contracting), (x_batch, w_batch) = contracting, batch
+    x_free = [i for i in range(x.ndim) if i not in (*x_contracting, *x_batch)]
+    free = _factors(w, [i for i in range(len(w.dims)) if i not in (*w_contracting, *w_batch)])
+    free_stack = tuple(f for f in free if f.axis == STACK)
+    batch_stack = _factors(w, w_batch)
+    batch_shape = [x.shape[i] for i in x_batch]
+    rest = [x.shape[i] for i in x_free]
+
+    # x to [batch, ..., K], with K in the order of the storage.
+    order = _factors(w, w_contracting)
+    sizes = [f.size for f in order]
+    x = x.transpose([*x_batch, *x_free, *x_contracting]).reshape(*batch_shape, *rest, *sizes)
+    lead = len(batch_shape) + len(rest)
+    stored = sorted(range(len(order)), key=lambda i: -order[i].stride)
+    x = x.transpose([*range(lead), *(lead + i for i in stored)])
+    K = w.stored.qvalue.shape[-1]
+
+    weight, index = views.flat_stack(w), views.stack_index(w, (*batch_stack, *free_stack))
+    if batch_stack or free_stack:
+        x = x.reshape(math.prod(batch_shape), *rest, K)
+        index = jnp.asarray(index).reshape(-1)
+        row = np.repeat(np.arange(x.shape[0]), index.shape[0] // x.shape[0])
+        y = lax.map(lambda at: fp8_matmul(x[at[0]], weight, at[1], out_dtype), (row, index))
+    else:  # batch dimensions, if any, have size 1
+        y = fp8_matmul(x.reshape(*rest, K), weight, index, out_dtype)
+
+    # From [batch, free stack, ..., out] to [batch, ..., dimensions of w].
+    outs = sorted((f for f in free if f.axis == OUT), key=lambda f: -f.stride)
+    y = y.reshape(*batch_shape, *(f.size for f in free_stack), *rest, *(f.size for f in outs))
+    at = {f: len(batch_shape) + i for i, f in enumerate(free_stack)}
+    start = len(batch_shape) + len(free_stack)
+    at |= {f: start + len(rest) + i for i, f in enumerate(outs)}
+    y = y.transpose(
+        [*range(len(batch_shape)), *range(start, start + len(rest)), *(at[f] for f in free)]
+    )
+    w_free = [n for i, n in enumerate(w.shape) if i not in (*w_contracting, *w_batch)]
+    return y.reshape(*batch_shape, *rest, *w_free)
+
+
+# Traced once a shape, and compiled where nothing around it is.
+@functools.partial(jax.jit, static_argnums=3)
+def fp8_matmul(x: jax.Array, w: QuantizedArray, layer: Any, out_dtype: Any) -> jax.Array:
+    """`jaxquant.matmul`; the name is what jaxprs and profiles show."""
+    return matmul(x, w, layer=layer, preferred_element_type=out_dtype)
+
+
+def _factors(w: View, dimensions: Any) -> Dim:
+    return tuple(f for i in dimensions for f in w.dims[i])

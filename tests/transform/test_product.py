@@ -1,0 +1,219 @@
+"""Which uses of a weight are FP8 products, and what the report says of the others."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fp8_checks import (
+    assert_close,
+    assert_each_runs_as_fp8,
+    assert_runs_as_fp8,
+    dequantized,
+    kernel,
+    normal,
+)
+from jax import lax
+
+import jaxquant as jq
+from jaxquant.transform import fp8, fp8_report
+
+CASES = {
+    "matmul": lambda w, x: x @ w,
+    "vector": lambda w, x: x[0, 0] @ w,
+    "weight first": lambda w, x: w.T @ x[0].T,
+    "dot_general": lambda w, x: lax.dot_general(x, w, (((2,), (0,)), ((), ()))),
+    "weight first, dot_general": lambda w, x: lax.dot_general(w, x, (((0,), (2,)), ((), ()))),
+    "einsum": lambda w, x: jnp.einsum("bsk,kn->nsb", x, w),
+    "heads": lambda w, x: jnp.einsum("bsk,khd->bhsd", x, w.reshape(64, 6, 8)),
+    "heads, transposed": lambda w, x: jnp.einsum("bsk,dhk->bshd", x, w.reshape(64, 6, 8).T),
+    "two contracting": lambda w, x: jnp.einsum(
+        "bshd,hdn->bsn", x.reshape(2, 3, 4, 16), w.reshape(4, 16, 48)
+    ),
+    "two contracting, swapped": lambda w, x: jnp.einsum(
+        "bsdh,dhn->nbs",
+        x.reshape(2, 3, 4, 16).swapaxes(2, 3),
+        w.reshape(4, 16, 48).swapaxes(0, 1),
+    ),
+    "vmap": lambda w, x: jax.vmap(jax.vmap(lambda x: w.T @ x))(x),
+    "size 1": lambda w, x: jnp.squeeze(x @ w[None, :, None].swapaxes(1, 2)[0, 0], ()),
+    "batch of size 1": lambda w, x: lax.dot_general(x[:1], w[None], (((2,), (1,)), ((0,), (0,)))),
+    "copy": lambda w, x: x @ jnp.copy(lax.stop_gradient(lax.optimization_barrier((x, w))[1])),
+    "device_put": lambda w, x: x @ jax.device_put(w),
+    "integer x": lambda w, x: jnp.round(x * 4).astype(jnp.int32) @ w,
+}
+
+
+def test_products_of_a_matrix():
+    assert_each_runs_as_fp8(CASES, kernel(64, 48), normal(2, 3, 64))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_product_of_a_matrix_is_one_matmul(name):
+    (leaf,) = fp8_report(CASES[name], kernel(64, 48), normal(2, 3, 64)).leaves
+    assert (leaf.matmuls, leaf.notes) == (1, "")
+
+
+def test_a_conversion_does_not_round_the_weight():
+    def fn(w, x):
+        return (x.astype(jnp.float16) @ w.astype(jnp.float16)).astype(jnp.float32)
+
+    w, x = kernel(64, 48), normal(2, 3, 64)
+    assert fp8_report(fn, w, x).leaves[0].matmuls == 1
+    assert_close(fp8(fn, weight_only=True)(w, x), fn(w.dequantize(), x), 2e-3)
+
+
+STACKED = {
+    "static index": (lambda w, x: x @ w[2], 1),
+    "negative index": (lambda w, x: x @ w[-1], 1),
+    "unstack": (lambda w, x: [x @ m for m in jnp.unstack(w)], 4),
+    "iterate": (lambda w, x: [x @ m for m in w], 4),
+    "slice and slice": (lambda w, x: x @ w[1:][1:3][1], 1),
+    "step": (lambda w, x: x @ w[1::2][1], 1),
+    "split": (lambda w, x: [x @ m[0] for m in jnp.split(w, 4)], 4),
+    "dynamic index": (lambda w, x: x @ w[jnp.argmax(x[0, 0]) % 4], 1),
+    "dynamic_index_in_dim": (
+        lambda w, x: x @ lax.dynamic_index_in_dim(w, jnp.int32(2), keepdims=False),
+        1,
+    ),
+    "take, clipped": (lambda w, x: x @ jnp.take(w, jnp.int32(2), axis=0, mode="clip"), 1),
+    "batch": (lambda w, x: jnp.einsum("eck,ekn->ecn", jnp.stack([x[0]] * 4), w), 1),
+    "batch last": (lambda w, x: jnp.einsum("cke,ekn->nec", jnp.stack([x[0]] * 4, 2), w), 1),
+    "all of the stack": (lambda w, x: jnp.einsum("bsk,ekn->bsen", x, w), 1),
+    "some of the stack": (lambda w, x: jnp.einsum("bsk,ekn->bens", x, w[1:3]), 1),
+    "grid of the stack": (
+        lambda w, x: jnp.einsum("bsk,bekn->ensb", x, w.reshape(2, 2, 64, 48)),
+        1,
+    ),
+    "vmap over both": (lambda w, x: jax.vmap(jnp.matmul)(jnp.stack([x[0]] * 4), w), 1),
+}
+
+
+def test_products_of_a_stack():
+    cases = {name: fn for name, (fn, _) in STACKED.items()}
+    assert_each_runs_as_fp8(cases, kernel(4, 64, 48), normal(2, 3, 64))
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_each_product_of_a_stack_is_a_matmul(name):
+    fn, matmuls = STACKED[name]
+    (leaf,) = fp8_report(fn, kernel(4, 64, 48), normal(2, 3, 64)).leaves
+    assert (leaf.matmuls, leaf.notes) == (matmuls, "")
+
+
+@pytest.mark.parametrize("shape", [(1, 48), (64, 1), (1, 1), (1, 64, 48), (3, 1, 48)])
+def test_axes_of_size_1(shape):
+    def fn(w, x):
+        return jnp.einsum("bk,...kn->...bn", x, w)
+
+    assert_runs_as_fp8(fn, kernel(*shape), normal(2, shape[-2]), matmuls=1)
+
+
+def test_weights_that_are_out_in():
+    w = jq.quantize(normal(48, 64, seed=1))
+    assert_runs_as_fp8(lambda w, x: x @ w.T, w, normal(2, 64), matmuls=1)
+    assert_runs_as_fp8(lambda w, x: jnp.einsum("nk,bk->bn", w, x), w, normal(2, 64), matmuls=1)
+
+
+def test_activations_are_quantized_as_by_matmul():
+    w, x = kernel(256, 48), normal(3, 256)
+    y = fp8(lambda w, x: x @ w)(w, x)
+    np.testing.assert_array_equal(y, jq.matmul(x, w))
+    assert float(jnp.abs(y - x @ w.dequantize()).max()) > 0.01  # not what weight-only gives
+
+
+def test_the_result_has_the_dtype_of_the_program():
+    w, x = kernel(64, 48, dtype=jnp.bfloat16), normal(3, 64, dtype=jnp.bfloat16)
+    assert fp8(lambda w, x: x @ w)(w, x).dtype == jnp.bfloat16
+    run = fp8(lambda w, x: jnp.matmul(x, w, preferred_element_type=jnp.float32))
+    np.testing.assert_array_equal(run(w, x), jq.matmul(x, w, preferred_element_type=jnp.float32))
+
+
+def test_nothing_stands_between_the_stored_weight_and_the_product():
+    """One equation: the layer's index is a constant, the stack goes into the product whole."""
+    w, x = kernel(4, 64, 48), normal(3, 64)
+    jaxpr = jax.make_jaxpr(fp8(lambda w, x: x @ w[2].astype(jnp.float32)))(w, x)
+    (eqn,) = jaxpr.eqns
+    assert eqn.params["name"] == "fp8_matmul"
+    avals: list[Any] = [v.aval for v in eqn.invars]
+    assert {a.shape for a in avals} == {(3, 64), (4, 48, 64), (4, 3, 2), ()}
+
+
+# What is dequantized ------------------------------------------------------------------------------
+
+DEQUANTIZED = {
+    "add": (lambda w, x: x @ (w + 1), "add", ""),
+    "gather": (lambda w, x: w[jnp.array([1, 2])], "gather", ""),
+    "slice": (lambda w, x: x @ w[:, :16], "slice", "a slice along an axis of the blocks"),
+    "other axis": (
+        lambda w, x: x[..., :48] @ w.T,
+        "dot_general",
+        "it contracts the output axis of the blocks; Rule(transposed=False) fits this use",
+    ),
+    "part": (
+        lambda w, x: jnp.einsum("bsk,hkn->bshn", x[..., :16], w.reshape(4, 16, 48)),
+        "dot_general",
+        "it contracts a part of the contraction axis",
+    ),
+    "reshape": (
+        lambda w, x: jnp.sum(w.reshape(96, 32)),
+        "reshape",
+        "the blocks do not fit shape [96, 32]",
+    ),
+    "result": (lambda w, x: w.T, "a result", ""),
+    "broadcast": (lambda w, x: jnp.broadcast_to(w, (2, 64, 48)), "broadcast_in_dim", ""),
+}
+
+
+@pytest.mark.filterwarnings("ignore:fp8. quantized, but in no FP8 product")
+def test_what_needs_the_values_gets_them():
+    cases = {name: fn for name, (fn, _, _) in DEQUANTIZED.items()}
+    assert_each_runs_as_fp8(cases, kernel(64, 48), normal(2, 3, 64))
+
+
+@pytest.mark.parametrize("name", DEQUANTIZED)
+def test_what_needs_the_values_is_reported(name):
+    fn, primitive, reason = DEQUANTIZED[name]
+    (leaf,) = fp8_report(fn, kernel(64, 48), normal(2, 3, 64)).leaves
+    ((seen, line, why),) = leaf.dequantized
+    assert (seen, why) == (primitive, reason)
+    if name != "result":
+        assert "test_product.py:" in line
+
+
+@pytest.mark.filterwarnings("ignore:fp8. quantized, but in no FP8 product")
+def test_a_stack_that_is_contracted_is_named():
+    w = kernel(4, 64, 48)
+    report = fp8_report(lambda w, x: jnp.einsum("bek,ekn->bn", x, w), w, normal(2, 4, 64))
+    ((_, _, why),) = report.leaves[0].dequantized
+    assert why == "it contracts an axis along which the weight was taken for a stack of matrices"
+
+
+@pytest.mark.filterwarnings("ignore:fp8. quantized, but in no FP8 product")
+def test_the_product_of_two_quantized_arrays():
+    v, w = kernel(64, 48), kernel(48, 32, seed=1)
+    report = assert_runs_as_fp8(lambda v, w: v @ w, v, w, dequantized_leaves=2)
+    assert report.leaves[0].dequantized[0][2] == "a product of two quantized arrays"
+
+
+def test_a_weight_is_dequantized_once_and_only_the_layer_that_is_used():
+    w = kernel(4, 64, 48)
+
+    def fn(w, x):
+        m = w[1]
+        return jnp.sum(m) + jnp.max(m) + jnp.sum(x @ m)
+
+    jaxpr = jax.make_jaxpr(fp8(fn))(w, normal(2, 64))
+    calls = [e for e in jaxpr.eqns if e.params.get("name") == "_dequantize"]
+    assert len(calls) == 1
+    aval: Any = calls[0].outvars[0].aval
+    assert aval.shape == (1, 48, 64)
+    assert_close(fp8(fn, weight_only=True)(w, normal(2, 64)), fn(dequantized(w), normal(2, 64)))
+
+
+def test_no_tokens():
+    w, stack = kernel(64, 48), kernel(4, 64, 48)
+    assert fp8(lambda w, x: x @ w)(w, jnp.zeros((0, 64))).shape == (0, 48)
+    batch = fp8(lambda w, x: jnp.einsum("eck,ekn->ecn", x, w))
+    assert batch(stack, jnp.zeros((4, 0, 64))).shape == (4, 0, 48)
