@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import operator
 import os
 import re
 import sys
@@ -165,6 +166,13 @@ def _asked_config(args: argparse.Namespace) -> QuantConfig | None:
     return None if config == QuantConfig() else config
 
 
+def _show(result: Any, args: argparse.Namespace) -> None:
+    if args.json:
+        _print_json(result.to_dict())
+    else:
+        print(result)
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
@@ -182,21 +190,22 @@ def _quantize(args: argparse.Namespace) -> None:
     report = quantize_checkpoint(
         resolve(args.source), args.directory, _config(args), overwrite=args.overwrite
     )
-    if args.json:
-        _print_json(report.to_dict())
-    else:
-        print(report)
+    _show(report, args)
+    if not args.json:
         print(f"written to {args.directory}")
+        ragged = [t for t in report.quantized if any(map(operator.mod, t.shape, args.block_size))]
+        if ragged:
+            print(
+                f"note: {len(ragged)} weights do not divide into whole blocks, which transformers "
+                "asks for; with a smaller --block-size they may"
+            )
 
 
 def _inspect(args: argparse.Namespace) -> None:
     from jaxquant.checkpoint import inspect
 
     result = inspect.inspect(args.source)
-    if args.json:
-        _print_json(result.to_dict())
-    else:
-        print(result)
+    _show(result, args)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -250,10 +259,7 @@ def _eval(args: argparse.Namespace) -> None:
         window=args.window,
         count=args.windows,
     )
-    if args.json:
-        _print_json(result.to_dict())
-    else:
-        print(result)
+    _show(result, args)
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -266,7 +272,4 @@ def _bench(args: argparse.Namespace) -> None:
         prompt_tokens=args.prompt_tokens,
         new_tokens=args.new_tokens,
     )
-    if args.json:
-        _print_json(result.to_dict())
-    else:
-        print(result)
+    _show(result, args)

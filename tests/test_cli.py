@@ -122,6 +122,11 @@ class TestQuantize:
         assert "14 tensors in FP8" in out
         assert out.endswith(f"written to {tmp_path / 'fp8'}\n")
 
+    def test_a_note_says_that_blocks_are_not_whole(self, run, source, tmp_path):
+        assert "note: 14 weights do not divide" in run("quantize", source, str(tmp_path / "a"))
+        out = run("quantize", source, str(tmp_path / "b"), "--block-size", "1")
+        assert "note:" not in out
+
     def test_json_is_the_report(self, run, source, tmp_path):
         report = json.loads(run("quantize", source, str(tmp_path / "fp8"), "--json"))
         assert len(report["tensors"]) == len(builders.shapes())
