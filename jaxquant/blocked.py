@@ -140,10 +140,10 @@ def _quantize(
     fmax = float(jnp.finfo(dtype).max)
     w = w.astype(jnp.float32)
     amax = jnp.maximum(_block_amax(w, block_size), jnp.float32(amax_floor))
-    scale = _ieee_divide(amax, jnp.full_like(amax, fmax))
+    scale = ieee_divide(amax, jnp.full_like(amax, fmax))
     if scale_fmt == "ue8m0":
         scale = _ceil_to_power_of_two(scale)
-    ratio = _ieee_divide(w, expand_blocks(scale, block_size, w.shape))
+    ratio = ieee_divide(w, expand_blocks(scale, block_size, w.shape))
     return jnp.clip(ratio, -fmax, fmax).astype(dtype), scale
 
 
@@ -172,7 +172,7 @@ def expand_blocks(scale: Array, block_size: tuple[int, int], shape: tuple[int, .
 
 
 def take_layer(stack: Array, layer: Any) -> Array:
-    """`stack[layer]` of FP8 values, moved as bytes.
+    """`stack[layer]`, FP8 values moved as bytes.
 
     XLA:CPU moves float8 by way of float16, and all of the stack for one layer of it.
     """
@@ -181,7 +181,7 @@ def take_layer(stack: Array, layer: Any) -> Array:
 
 
 def put(param: Array, rows: Array, layer: Any, row: Any) -> Array:
-    """`param` with `param[layer, row : row + len(rows)] = rows`, moved as bytes.
+    """`param` with `param[layer, row : row + len(rows)] = rows`, FP8 values moved as bytes.
 
     In place if `param` is donated. `layer` is None if there is no axis of layers.
     """
@@ -213,7 +213,7 @@ def _widen_e4m3(qvalue: Array) -> Array:
     return jnp.where(bits < 0x80, value, -value)
 
 
-def _ieee_divide(a: Array, b: Array) -> Array:
+def ieee_divide(a: Array, b: Array) -> Array:
     """a / b, correctly rounded, for finite b > 0, wherever the quotient is a normal number.
 
     XLA turns a division by a constant or by a broadcast into a multiplication by its reciprocal,

@@ -99,7 +99,7 @@ class LanguageModel:
         return tuple(ids)
 
     def save_pretrained(self, directory: str | os.PathLike, *, overwrite: bool = False) -> Path:
-        """Writes the model as a checkpoint that transformers, vLLM and SGLang load.
+        """Writes the model as a checkpoint in the layout of transformers, vLLM and SGLang.
 
         Tokenizer files and generation_config.json come along. The folder appears whole or not at
         all.

@@ -40,8 +40,9 @@ def quantize_checkpoint(
 ) -> QuantReport:
     """Quantizes a checkpoint on disk to blocked FP8, one tensor at a time.
 
-    The result holds the bytes that loading with the same config gives, and loads in transformers,
-    vLLM and SGLang. It appears whole or not at all.
+    The result holds the bytes that loading with the same config gives, in the layout that
+    transformers, vLLM and SGLang read; of these, transformers is known to ask for weights that
+    divide into whole blocks. It appears whole or not at all.
 
     Args:
       source: a folder that is not quantized.

@@ -43,7 +43,7 @@ def load(
       folder: the checkpoint.
       plan: made from it.
       dtype: of parameters that are not quantized, and of activations.
-      progress: whether to show a bar; None shows it on a terminal or in a notebook.
+      progress: whether to show a bar; None shows it on a terminal.
 
     Returns:
       The family's model with its parameters, and the report.

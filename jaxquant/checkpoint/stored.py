@@ -6,7 +6,7 @@ from typing import Any
 from jaxquant.config import ConfigError, QuantConfig
 from jaxquant.errors import CheckpointError
 
-# The scales of `X.weight` go by these names: DeepSeek and transformers, llm-compressor, V3.1-style.
+# What the scales of `X.weight` add to its name: DeepSeek and transformers, llm-compressor.
 SCALE_SUFFIXES = ("_scale_inv", "_scale")
 
 

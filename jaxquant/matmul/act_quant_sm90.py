@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
-from jaxquant.blocked import ACTIVATION_AMAX_FLOOR, _ieee_divide
+from jaxquant.blocked import ACTIVATION_AMAX_FLOOR, ieee_divide
 from jaxquant.matmul.sm90 import FP8, K_BLOCK, cdiv, swizzled
 
 # Copies of one row, as of these scales, are linear: TMA would not stop them at the row's end. So
@@ -56,7 +56,7 @@ def quantize_activations(
             plgpu.barrier_wait(landed.at[i])
             v = plgpu.load(x_smem.at[i], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
             amax = jnp.maximum(jnp.max(jnp.abs(v), axis=1), ACTIVATION_AMAX_FLOOR)
-            scale = _ieee_divide(amax, jnp.full_like(amax, _FMAX))
+            scale = ieee_divide(amax, jnp.full_like(amax, _FMAX))
             q_smem[i] = _divide_for_rounding(v, scale).astype(FP8)
             s_smem[i] = scale
 
