@@ -7,10 +7,10 @@ attention and a gated MLP.
 import dataclasses
 from typing import Any
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxquant.matmul import SiluMul
 from jaxquant.models.decoder import Decoder
 from jaxquant.models.hf_config import HFConfig
 from jaxquant.models.layers import Linear, RMSNorm, Rope, Stack, projections
@@ -75,15 +75,15 @@ class Attention(nnx.Module):
         self.o_proj = Linear(len(stack.layers), cfg.hidden_size, q_size, **options)
 
     def __call__(
-        self, x: Float[Array, "B T K"], l: Any, tokens: Any, cache: Any, cache_layer: Any
+        self, x: Float[Array, "B T K"], l: Any, tokens: Any, cache: Any, cache_layer: Any, norm: Any
     ) -> tuple[Float[Array, "B T K"], Any]:
-        """Applies the attention of one layer; see `Decoder` for `tokens` and `cache`."""
+        """`x + attention(norm(x))` of one layer; see `Decoder` for `tokens` and `cache`."""
         cfg = self.cfg
         heads = (*x.shape[:-1], -1, cfg.head_dim)
-        q, k, v = (y.reshape(heads) for y in self.qkv_proj(x, l))
+        q, k, v = (y.reshape(heads) for y in self.qkv_proj(x, l, norm.prologue))
         q, k = (cfg.rope.rotate(y, tokens.positions) for y in (q, k))
         attended, cache = tokens.attend(q, k, v, cache, cache_layer, window=cfg.window)
-        return self.o_proj(attended.reshape(*x.shape[:-1], -1), l), cache
+        return self.o_proj(attended.reshape(*x.shape[:-1], -1), l, residual=x), cache
 
 
 class MLP(nnx.Module):
@@ -96,10 +96,10 @@ class MLP(nnx.Module):
         self.gate_up_proj = projections("gate_up_proj", gate_up, narrow, stack, **options)
         self.down_proj = Linear(len(stack.layers), narrow, wide, **options)
 
-    def __call__(self, x: Float[Array, "B T K"], l: Any) -> Float[Array, "B T K"]:
-        """Applies the MLP of one layer."""
-        gate, up = self.gate_up_proj(x, l)
-        return self.down_proj(jax.nn.silu(gate) * up, l)
+    def __call__(self, x: Float[Array, "B T K"], l: Any, norm: Any) -> Float[Array, "B T K"]:
+        """`x + mlp(norm(x))` of one layer."""
+        gate_up = self.gate_up_proj.joined(x, l, norm.prologue)
+        return self.down_proj(gate_up, l, SiluMul(), residual=x)
 
 
 class Layers(nnx.Module):
@@ -116,9 +116,8 @@ class Layers(nnx.Module):
         self, x: Float[Array, "B T K"], l: Any, tokens: Any, cache: Any, cache_layer: Any
     ) -> tuple[Float[Array, "B T K"], Any]:
         """Applies one layer; see `Decoder`."""
-        y, cache = self.self_attn(self.input_layernorm(x, l), l, tokens, cache, cache_layer)
-        x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x, l), l), cache
+        x, cache = self.self_attn(x, l, tokens, cache, cache_layer, self.input_layernorm)
+        return self.mlp(x, l, self.post_attention_layernorm), cache
 
 
 class Llama(Decoder):
