@@ -13,8 +13,8 @@ Every `<family>/<case>/` is an ordinary Hugging Face checkpoint in bfloat16 (`co
 
 `config.json` is what transformers 5 writes (`rope_parameters`, `dtype`). Cases with a
 `config_v4.json` have the same config as older releases wrote it (`rope_theta`, `rope_scaling`,
-`torch_dtype`), which is what most published checkpoints carry. InternLM2 is not in transformers: its
-checkpoint is that of an equal Llama with names and `wqkv` as InternLM2 has them.
+`torch_dtype`), which is what most published checkpoints carry. InternLM2 is not in transformers:
+its checkpoint is that of an equal Llama with names and `wqkv` as InternLM2 has them.
 """
 
 import json
@@ -95,6 +95,10 @@ LLAMA3_ROPE = {
 # As in Qwen2.5's instructions for long texts, and with every option.
 YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
 YARN_OPTIONS = {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 0.8}
+GEMMA3_ROPE = {
+    "sliding_attention": rope(500.0),
+    "full_attention": rope(100000.0, "linear", factor=8.0),
+}
 
 # A change to the config, or to the parameters whose names end so.
 Change = dict[str, Any] | tuple[str, Callable[[torch.Tensor], Any]]
@@ -294,10 +298,7 @@ CASES: dict[str, tuple[PreTrainedConfig, list[Change]]] = {
             rms_norm_eps=1e-6,
             query_pre_attn_scalar=20,
             sliding_window=7,
-            rope_parameters={
-                "sliding_attention": rope(500.0),
-                "full_attention": rope(100000.0, "linear", factor=8.0),
-            },
+            rope_parameters=GEMMA3_ROPE,
             sliding_window_pattern=3,
             **COMMON | {"num_hidden_layers": 4},
         ),
