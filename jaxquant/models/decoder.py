@@ -100,28 +100,26 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T K"], Any]:
         # The cache is carried and written in place; as a scanned input it would be copied.
         carry = self.embed(ids), cache
-        kinds = getattr(self.cfg, "layer_kinds", None)
+        kinds = getattr(self.cfg, "layer_kinds", (None,) * self.cfg.num_layers)
         for stack, layers in zip(self.stacks, self.layers, strict=True):
             first = stack.layers.start
-            of_stack = (None,) * len(stack.layers) if kinds is None else kinds[first:][: len(stack.layers)]
-            for start, period, count in repeats(tuple(of_stack)):
+            for start, period, count in repeats(kinds[first : stack.layers.stop]):
+                pattern = kinds[first + start :][:period]
 
                 def piece(
                     carry: tuple,
-                    i: Array,
+                    l: Array,
                     layers: Any = layers,
                     first: int = first,
-                    start: int = start,
-                    pattern: tuple = of_stack[start : start + period],
+                    pattern: tuple = pattern,
                 ) -> tuple[tuple, None]:
                     x, cache = carry
                     for j, kind in enumerate(pattern):
-                        l = start + len(pattern) * i + j
-                        extra = () if kind is None else (kind,)
-                        x, cache = layers(x, l, tokens, cache, first + l, *extra)
+                        how = () if kind is None else (kind,)
+                        x, cache = layers(x, l + j, tokens, cache, first + l + j, *how)
                     return (x, cache), None
 
-                carry, _ = lax.scan(piece, carry, jnp.arange(count))
+                carry, _ = lax.scan(piece, carry, start + period * jnp.arange(count))
         return carry
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T K"]:

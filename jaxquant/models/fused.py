@@ -1,9 +1,12 @@
-"""Modules of a checkpoint that hold the rows of several projections: their rows, apart and together.
+"""Modules of a checkpoint that hold the rows of several projections, apart and together.
 
-A projection has blocks of its own, so that its bytes do not depend on what it is stored beside.
+Each projection has blocks of its own, so that its bytes do not depend on how it is stored. The
+tensor of a projection is named as if its module lay inside the one that holds it: the rows of
+`self_attn.qkv_proj.weight` are `self_attn.qkv_proj.q_proj.weight` and so on.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -17,7 +20,7 @@ class FusedRows:
       parts: projection -> its rows in a group, in their order.
       groups: how many there are.
 
-    >>> wqkv = FusedRows({"wq": 4, "wk": 2, "wv": 2}, groups=2)  # a key head has two query heads
+    >>> wqkv = FusedRows({"wq": 4, "wk": 2, "wv": 2}, groups=2)  # two query heads to a key head
     >>> wqkv.take(np.arange(16), "wk")
     array([ 4,  5, 12, 13])
     """
@@ -25,34 +28,45 @@ class FusedRows:
     parts: Mapping[str, int]
     groups: int = 1
 
-    @property
-    def rows(self) -> int:
-        """Of the whole tensor."""
-        return self.groups * sum(self.parts.values())
+    def take(self, tensor: np.ndarray, part: str, block: int = 1) -> np.ndarray:
+        """The rows of one projection; a view if there is one group.
 
-    def units(self, rows: int) -> dict[str, int] | None:
-        """Projection -> its rows in a group, in a tensor of `rows`: the module's, or its scales.
-
-        None if they are no whole ones, because blocks reach over the edge of a projection.
+        Args:
+          tensor: the whole, or its scales.
+          part: which one.
+          block: rows of the whole to a row of `tensor`; see `fits`.
         """
-        sizes = {name: size * rows / self.rows for name, size in self.parts.items()}
-        whole = all(size.is_integer() for size in sizes.values())
-        return {name: int(size) for name, size in sizes.items()} if whole else None
-
-    def take(self, tensor: np.ndarray, part: str) -> np.ndarray:
-        """The rows of one projection; a view if there is one group."""
-        sizes = self.units(tensor.shape[0])
-        assert sizes is not None
-        start = sum(size for name, size in self._before(sizes, part))
+        before = itertools.takewhile(lambda name: name != part, self.parts)
+        start = sum(self.parts[name] for name in before) // block
+        stop = start - (-self.parts[part] // block)
         grouped = tensor.reshape(self.groups, -1, *tensor.shape[1:])
-        return grouped[:, start : start + sizes[part]].reshape(-1, *tensor.shape[1:])
+        return grouped[:, start:stop].reshape(-1, *tensor.shape[1:])
 
     def join(self, tensors: Sequence[np.ndarray]) -> np.ndarray:
-        """The whole tensor, of those of the projections in their order."""
+        """The whole tensor, or its scales, of those of the projections in their order."""
         grouped = [x.reshape(self.groups, -1, *x.shape[1:]) for x in tensors]
         return np.concatenate(grouped, axis=1).reshape(-1, *tensors[0].shape[1:])
 
-    @staticmethod
-    def _before(sizes: Mapping[str, int], part: str) -> list[tuple[str, int]]:
-        items = list(sizes.items())
-        return items[: list(sizes).index(part)]
+    def fits(self, block: int) -> bool:
+        """Whether no block of so many rows has rows of two projections, or of two groups."""
+        *others, last = self.parts.values()
+        return not any(size % block for size in others) and (self.groups == 1 or not last % block)
+
+
+def split_name(name: str, fused: Mapping[str, FusedRows]) -> tuple[str, str] | None:
+    """The name of a projection's tensor as that of the whole, and the projection's; or None."""
+    *prefix, module, part, kind = ("", "", *name.split("."))
+    if module not in fused or part not in fused[module].parts:
+        return None
+    return ".".join((*prefix[2:], module, kind)), part
+
+
+def whole_name(name: str, fused: Mapping[str, FusedRows]) -> str:
+    """The name of the tensor in the checkpoint."""
+    whole, _ = split_name(name, fused) or (name, "")
+    return whole
+
+
+def rows_of(name: str, fused: Mapping[str, FusedRows]) -> FusedRows | None:
+    """How the rows of a whole tensor lie, if it is fused."""
+    return fused.get(name.split(".")[-2]) if "." in name else None
