@@ -17,6 +17,19 @@ from jaxquant.models.layers import FusedLinear, SeparateLinear, Stack
 ARCHITECTURES = {
     "LlamaForCausalLM": ("jaxquant.models.llama", "LlamaConfig", "Llama"),
     "MistralForCausalLM": ("jaxquant.models.llama", "LlamaConfig", "Llama"),
+    "InternLM2ForCausalLM": ("jaxquant.models.internlm2", "InternLM2Config", "InternLM2"),
+    "InternLM3ForCausalLM": ("jaxquant.models.llama", "LlamaConfig", "Llama"),
+    "Qwen2ForCausalLM": ("jaxquant.models.qwen", "QwenConfig", "Qwen"),
+    "Qwen3ForCausalLM": ("jaxquant.models.qwen", "QwenConfig", "Qwen"),
+    "GlmForCausalLM": ("jaxquant.models.glm", "GlmConfig", "Glm"),
+    "Glm4ForCausalLM": ("jaxquant.models.glm", "GlmConfig", "Glm4"),
+    "Gemma2ForCausalLM": ("jaxquant.models.gemma", "GemmaConfig", "Gemma"),
+    "Gemma3ForCausalLM": ("jaxquant.models.gemma", "GemmaConfig", "Gemma"),
+    "Phi3ForCausalLM": ("jaxquant.models.phi3", "Phi3Config", "Phi3"),
+    "GraniteForCausalLM": ("jaxquant.models.granite", "GraniteConfig", "Granite"),
+    "SmolLM3ForCausalLM": ("jaxquant.models.smollm3", "SmolLM3Config", "SmolLM3"),
+    "Olmo2ForCausalLM": ("jaxquant.models.olmo2", "Olmo2Config", "Olmo2"),
+    "StableLmForCausalLM": ("jaxquant.models.stablelm", "StableLMConfig", "StableLM"),
 }
 
 
