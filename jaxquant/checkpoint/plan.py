@@ -150,10 +150,16 @@ def _check_kept_modules(
     folder: CheckpointFolder, config: QuantConfig, slots: Iterable[str]
 ) -> None:
     paths = [name.split(".") for name in slots]
-    for entry in config.modules_to_not_convert:
-        only = dataclasses.replace(config, modules_to_not_convert=(entry,))
-        # A tied head is named by habit, and has no tensor.
-        if entry != "lm_head" and not any(keeps_module(only, path) for path in paths):
+    names = {
+        tuple(entry.replace("/", ".").split(".")): entry for entry in config.modules_to_not_convert
+    }
+    lengths = {len(parts) for parts in names}
+    for path in paths:  # once through, as there may be thousands of paths and hundreds of names
+        for n in lengths:
+            for i in range(len(path) - n + 1):
+                names.pop(tuple(path[i : i + n]), None)
+    for entry in names.values():
+        if entry != "lm_head":  # a tied head is named by habit, and has no tensor
             raise CheckpointError(
                 f"{folder.path}: modules_to_not_convert has {entry!r}, which is no module of the "
                 f"model; modules are named like {'.'.join(paths[1][:-1])}"
