@@ -54,6 +54,10 @@ class HFConfig:
             raise self.error(field, "a positive number")
         return float(value)
 
+    def optional_number(self, field: str) -> float | None:
+        """A positive number, or None if the field is null or missing."""
+        return None if self.fields.get(field) is None else self.number(field)
+
     def flag(self, field: str, *, default: bool) -> bool:
         """true or false."""
         value = self.fields.get(field)
@@ -67,37 +71,145 @@ class HFConfig:
         if self.fields.get(field, default) not in allowed:
             raise self.error(field, ", ".join(map(repr, allowed)))
 
-    def rope(self, dim: int) -> Rope:
-        """The rotary embedding of heads of `dim`, from `rope_parameters` or the older fields."""
-        if dim % 2:
-            raise CheckpointError(f"{self.source}: head_dim is {dim}; allowed: an even number")
-        new = self.fields.get("rope_parameters") is not None
-        field = "rope_parameters" if new else "rope_scaling"
-        rope = self.fields.get(field) or {}
-        if not isinstance(rope, Mapping):
+    def section(self, field: str) -> "HFConfig":
+        """A JSON object inside; empty if the field is null or missing."""
+        value = self.fields.get(field)
+        if value is not None and not isinstance(value, Mapping):
             raise self.error(field, "null or an object")
-        sub = HFConfig(rope, f"{self.source}: {field}")
-        theta = sub.number("rope_theta", default=self.number("rope_theta", default=10000.0))
-        self.require("partial_rotary_factor", (None, 1.0), default=1.0)
-        sub.require("partial_rotary_factor", (None, 1.0), default=1.0)
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind == "default":
-            return Rope(dim, theta)
-        if kind == "linear":
-            return Rope(dim, theta, "linear", factor=sub.number("factor"))
-        if kind == "llama3":
-            low, high = sub.number("low_freq_factor"), sub.number("high_freq_factor")
-            if high <= low:
-                raise sub.error("high_freq_factor", f"more than low_freq_factor ({low})")
-            return Rope(
-                dim,
-                theta,
-                "llama3",
-                factor=sub.number("factor"),
-                low_freq_factor=low,
-                high_freq_factor=high,
-                original_max_position=sub.size("original_max_position_embeddings"),
-            )
-        raise CheckpointError(
-            f"{self.source}: {field} has rope_type {kind!r}; allowed: default, linear, llama3"
+        return HFConfig(value or {}, f"{self.source}: {field}")
+
+    def rope(
+        self,
+        head_dim: int,
+        *,
+        partial: float | None = None,
+        theta: float = 10000.0,
+        interleaved: bool = False,
+    ) -> Rope:
+        """The rotary embedding, from `rope_parameters` or the older fields.
+
+        Args:
+          head_dim: dims of a head.
+          partial: default of `partial_rotary_factor`; None refuses to rotate a part.
+          theta: default of `rope_theta`.
+          interleaved: which pairs are rotated; see `Rope`.
+        """
+        new = self.fields.get("rope_parameters") is not None
+        rope = self.section("rope_parameters" if new else "rope_scaling")
+        return self.rope_of(
+            rope,
+            head_dim,
+            theta=self.number("rope_theta", default=theta),
+            partial=partial,
+            interleaved=interleaved,
         )
+
+    def rope_of(
+        self,
+        rope: "HFConfig",
+        head_dim: int,
+        *,
+        theta: float,
+        partial: float | None = None,
+        interleaved: bool = False,
+    ) -> Rope:
+        """The rotary embedding of one section, where a model has several; see `rope`.
+
+        Args:
+          rope: the section.
+          head_dim: dims of a head.
+          theta: default of its `rope_theta`.
+          partial: default of `partial_rotary_factor`; None refuses to rotate a part.
+          interleaved: which pairs are rotated.
+        """
+        kind = rope.fields.get("rope_type") or rope.fields.get("type") or "default"
+        if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
+            raise CheckpointError(
+                f"{rope.source} has rope_type {kind!r}; allowed: {', '.join(_ROPE_FIELDS)}"
+            )
+        allowed = ("rope_type", "type", "rope_theta", "partial_rotary_factor", *_ROPE_FIELDS[kind])
+        for field in rope.fields:
+            if field not in allowed:
+                raise rope.error(field, f"with rope_type {kind!r} only {', '.join(allowed)}")
+        options: dict[str, Any] = {"interleaved": interleaved}
+        if kind != "default":
+            options |= {"scaling": kind, "factor": rope.number("factor")}
+        if kind == "dynamic":
+            options["original_max_position"] = self.size("max_position_embeddings")
+        if kind == "llama3":
+            low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+            if high <= low:
+                raise rope.error("high_freq_factor", f"more than low_freq_factor ({low})")
+            options |= {
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position": rope.size("original_max_position_embeddings"),
+            }
+        if kind == "yarn":
+            options |= self._yarn(rope)
+        return Rope(
+            self._rotary_dim(rope, head_dim, partial),
+            rope.number("rope_theta", default=theta),
+            **options,
+        )
+
+    def _rotary_dim(self, rope: "HFConfig", head_dim: int, partial: float | None) -> int:
+        field, dim = "partial_rotary_factor", head_dim
+        if partial is None:
+            self.require(field, (None, 1.0), default=1.0)
+            rope.require(field, (None, 1.0), default=1.0)
+        else:
+            factor = rope.number(field, default=self.number(field, default=partial))
+            if factor > 1:
+                raise (rope if field in rope.fields else self).error(field, "at most 1")
+            dim = int(head_dim * factor)
+        if dim % 2 or not dim:
+            rotated = "" if dim == head_dim else f", of which {dim} dims are rotated"
+            raise CheckpointError(
+                f"{self.source}: head_dim is {head_dim}{rotated}; allowed: an even number"
+            )
+        return dim
+
+    def _yarn(self, rope: "HFConfig") -> dict[str, Any]:
+        factor = rope.number("factor")
+        mscale, all_dim = map(rope.optional_number, ("mscale", "mscale_all_dim"))
+
+        def attention(mscale: float) -> float:
+            return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+        ratio = attention(mscale) / attention(all_dim) if mscale and all_dim else attention(1.0)
+        return {
+            "original_max_position": rope.size(
+                "original_max_position_embeddings",
+                default=self.optional_size("original_max_position_embeddings")
+                or self.size("max_position_embeddings"),
+            ),
+            "beta_fast": rope.number("beta_fast", default=32.0),
+            "beta_slow": rope.number("beta_slow", default=1.0),
+            "truncate": rope.flag("truncate", default=True),
+            "attention_factor": rope.number("attention_factor", default=ratio),
+        }
+
+
+# rope_type -> the fields that it has.
+_ROPE_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+}

@@ -148,11 +148,18 @@ class Rope:
     """Rotary position embedding (https://arxiv.org/abs/2104.09864).
 
     Attributes:
-      dim: how many of a head's dims are rotated.
+      dim: how many of a head's dims are rotated, the first ones.
       theta: base of the frequencies `theta ** (-2 i / dim)`.
-      scaling: None, "linear" (frequencies / factor) or "llama3" (low frequencies / factor, high
-        ones kept, a ramp between; as in Llama 3.1).
-      factor, low_freq_factor, high_freq_factor, original_max_position: of the scaling.
+      scaling: how the frequencies change for long texts. None; "linear": all / factor; "dynamic":
+        a larger theta for a sequence longer than original_max_position (NTK); "llama3": low ones
+        / factor, high ones kept, a ramp between, as in Llama 3.1; "yarn": likewise, with the ramp
+        over dims (https://arxiv.org/abs/2309.00071).
+      factor, original_max_position: of the scaling.
+      low_freq_factor, high_freq_factor: of "llama3", in turns over original_max_position.
+      beta_slow, beta_fast: of "yarn", likewise.
+      truncate: whether "yarn" rounds the ends of its ramp outwards.
+      attention_factor: of "yarn", what rotated queries and keys are multiplied with.
+      interleaved: whether the pairs are dims (2 i, 2 i + 1), not (i, i + dim / 2).
     """
 
     dim: int
@@ -162,25 +169,62 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    beta_slow: float = 1.0
+    beta_fast: float = 32.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    interleaved: bool = False
 
-    def frequencies(self) -> Float32[Array, " pairs"]:
-        """Radians per position, one for each rotated pair."""
-        freq = 1.0 / self.theta ** (jnp.arange(0, self.dim, 2, dtype=jnp.float32) / self.dim)
-        if self.scaling is None:
-            return freq
+    def frequencies(self, length: Any = 0) -> Float32[Array, "*batch pairs"]:
+        """Radians per position, one for each rotated pair.
+
+        Args:
+          length: of the sequence, or `[*batch]` of each; only "dynamic" asks for it.
+        """
+        theta = self.theta
+        if self.scaling == "dynamic":
+            ratio = jnp.maximum(length, self.original_max_position) / self.original_max_position
+            stretch = self.factor * ratio - (self.factor - 1)
+            theta *= stretch[..., None] ** (self.dim / (self.dim - 2))
+        freq = 1.0 / theta ** (jnp.arange(0, self.dim, 2, dtype=jnp.float32) / self.dim)
         scaled = freq / self.factor
         if self.scaling == "linear":
             return scaled
-        turns = self.original_max_position * freq / (2 * math.pi)
-        ramp = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        if self.scaling == "llama3":
+            turns = self.original_max_position * freq / (2 * math.pi)
+            ramp = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        elif self.scaling == "yarn":
+            low, high = self._pair_of(self.beta_fast), self._pair_of(self.beta_slow)
+            if self.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, self.dim - 1)
+            high += 0.001 if low == high else 0.0  # as in the reference: a ramp has a length
+            ramp = (high - jnp.arange(self.dim // 2)) / (high - low)
+        else:
+            return freq
         keep = jnp.clip(ramp, 0.0, 1.0)
         return keep * freq + (1 - keep) * scaled
+
+    def _pair_of(self, turns: float) -> float:
+        """The pair, as a fraction, that makes so many turns over original_max_position."""
+        ratio = self.original_max_position / (turns * 2 * math.pi)
+        return self.dim * math.log(ratio) / (2 * math.log(self.theta))
 
     def rotate(
         self, x: Float[Array, "B T H D"], positions: Int[Array, "B T"]
     ) -> Float[Array, "B T H D"]:
-        """Rotates the pairs (i, i + dim / 2) of each head by position * frequency."""
-        angles = positions[..., None].astype(jnp.float32) * self.frequencies()
-        cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
-        x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
+        """Rotates the pairs of each head by position * frequency."""
+        freq = self.frequencies(positions.max(axis=1, keepdims=True) + 1)
+        angles = positions[..., None].astype(jnp.float32) * freq
+        cos, sin = (f(angles)[:, :, None] * self.attention_factor for f in (jnp.cos, jnp.sin))
+        rotated, kept = x[..., : self.dim].astype(jnp.float32), x[..., self.dim :]
+        if self.interleaved:
+            x1, x2 = rotated[..., 0::2], rotated[..., 1::2]
+        else:
+            x1, x2 = jnp.split(rotated, 2, axis=-1)
+        pairs = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+        if self.interleaved:
+            rotated = jnp.stack(pairs, axis=-1).reshape(rotated.shape)
+        else:
+            rotated = jnp.concatenate(pairs, axis=-1)
+        return jnp.concatenate([rotated.astype(x.dtype), kept], axis=-1)

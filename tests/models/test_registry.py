@@ -94,8 +94,20 @@ def test_a_field_out_of_range_is_named(changes, named):
 @pytest.mark.parametrize(
     ("rope", "named"),
     [
-        ({"rope_type": "yarn", "factor": 4.0}, "rope_type 'yarn'; allowed: default, linear"),
-        ({"type": "dynamic", "factor": 2.0}, "rope_type 'dynamic'"),
+        (
+            {"rope_type": "longrope", "factor": 4.0},
+            "rope_type 'longrope'; allowed: default, linear",
+        ),
+        ({"type": "mrope"}, "rope_type 'mrope'"),
+        ({"mrope_section": [1, 2]}, "mrope_section is [1, 2]; allowed: with rope_type 'default'"),
+        (
+            {"type": "dynamic", "factor": 2.0, "alpha": 1000},
+            "alpha is 1000; allowed: with rope_type",
+        ),
+        ({"rope_type": "yarn"}, "factor is None"),
+        ({"type": "yarn", "factor": 4.0, "beta_fast": "32"}, "beta_fast is '32'"),
+        ({"type": "yarn", "factor": 4.0, "attention_factor": 0}, "attention_factor is 0"),
+        ({"type": "yarn", "factor": 4.0, "truncate": 1}, "truncate is 1; allowed: true or false"),
         ({"rope_type": ["llama3"]}, "rope_type ['llama3']"),
         ({"rope_type": "linear"}, "factor is None"),
         ({"rope_type": "linear", "factor": 0}, "factor is 0"),
