@@ -203,13 +203,13 @@ def _quantized_sources(
 
 
 def _array_sources(
-    name: str, value: Any, shape: tuple[int, ...], index: int | None = None, row: int = 0
+    name: str, value: Any, shape: tuple[int, ...], index: tuple[int, ...] = (), row: int = 0
 ) -> Iterator[TensorSource]:
     """Of an array, stored as `shape`: one of a stack, the rows from `row` on."""
 
     def source(name: str, array: Any, shape: tuple[int, ...], row: int) -> TensorSource:
         def read() -> np.ndarray:
-            whole = np.asarray(array if index is None else _take_layer(array, index))
+            whole = np.asarray(_take(array, index) if index else array)
             return np.ascontiguousarray(whole[row : row + shape[0]]) if shape else whole
 
         return TensorSource(name, np.dtype(array.dtype), shape, read)
@@ -223,7 +223,9 @@ def _array_sources(
         yield source(name, value, shape, row)
 
 
-_take_layer = jax.jit(blocked.take_layer)
+@jax.jit
+def _take(array: jax.Array, index: tuple) -> jax.Array:
+    return functools.reduce(blocked.take_layer, index, array)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -22,19 +22,22 @@ class Cache:
 
     Attributes:
       k: `[L, B, H, S, D]`, H key/value heads, S slots.
-      v: likewise.
+      v: likewise, with a D of their own.
       lengths: `[B]` int32, how many slots of each sequence are filled.
     """
 
     k: Float[Array, "L B H S D"]
-    v: Float[Array, "L B H S D"]
+    v: Float[Array, "L B H S Dv"]
     lengths: Int[Array, " B"]
 
     @staticmethod
-    def empty(L: int, B: int, H: int, S: int, D: int, dtype: Any) -> "Cache":
-        """A cache with no filled slots."""
-        shape = (L, B, H, S, D)
-        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((B,), jnp.int32))
+    def empty(
+        L: int, B: int, H: int, S: int, D: int, dtype: Any, *, Dv: int | None = None
+    ) -> "Cache":
+        """A cache with no filled slots; Dv is D unless given."""
+        k = jnp.zeros((L, B, H, S, D), dtype)
+        v = jnp.zeros((L, B, H, S, D if Dv is None else Dv), dtype)
+        return Cache(k, v, jnp.zeros((B,), jnp.int32))
 
 
 @jax.tree_util.register_dataclass

@@ -5,7 +5,8 @@ place from the stack. Layers that differ in what is quantized are in stacks of t
 """
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -34,13 +35,18 @@ class Decoder(nnx.Module):
       cfg: the family's sizes; with vocab_size, hidden_size, num_layers, rms_norm_eps,
         tie_word_embeddings, and for the cache num_kv_heads and head_dim.
       dtype: of parameters and activations.
-      stacks: how layers are stored; default one stack of all.
+      stacks: how layers are stored; default a stack for each run of layers of one kind.
     """
 
     layers_type: ClassVar[Any]
 
+    @staticmethod
+    def kind_of(cfg: Any, layer: int) -> Hashable:
+        """What layers of one stack have in common; a family with layers of several kinds says."""
+        return None
+
     def __init__(self, cfg: Any, dtype: Any, stacks: Sequence[Stack] | None = None):
-        stacks = stacks or [Stack(range(cfg.num_layers))]
+        stacks = stacks or _equal_layers(cfg, self.kind_of)
         self.cfg = cfg
         self.stacks = tuple(stacks)
         self.embed_tokens = Table(cfg.vocab_size, cfg.hidden_size, dtype)
@@ -106,3 +112,9 @@ class Decoder(nnx.Module):
         """A cache for B sequences of up to S tokens."""
         cfg, dtype = self.cfg, self.embed_tokens.weight.get_value().dtype
         return Cache.empty(cfg.num_layers, B, cfg.num_kv_heads, S, cfg.head_dim, dtype)
+
+
+def _equal_layers(cfg: Any, kind_of: Callable[[Any, int], Hashable]) -> list[Stack]:
+    runs = itertools.groupby(range(cfg.num_layers), key=lambda l: kind_of(cfg, l))
+    layers = [list(run) for _, run in runs]
+    return [Stack(range(run[0], run[-1] + 1)) for run in layers]

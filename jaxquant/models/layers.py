@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
-from jaxquant.matmul import matmul
+from jaxquant.matmul import grouped_matmul, matmul
 
 
 def unloaded(*shape: int, dtype: Any) -> nnx.Param:
@@ -60,12 +60,8 @@ class FusedLinear(nnx.Module):
     """
 
     def __init__(self, parts: Mapping[str, int], K: int, stack: Stack, *, bias: bool, dtype: Any):
-        rows, end = [], 0
-        for N in parts.values():
-            start = -(-end // stack.row_alignment) * stack.row_alignment
-            end = start + N
-            rows.append((start, end))
-        self.names, self.rows = tuple(parts), tuple(rows)
+        self.names, self.rows = tuple(parts), fused_rows(parts.values(), stack)
+        end = self.rows[-1][1]
         self.weight = unloaded(len(stack.layers), end, K, dtype=dtype)
         self.bias = unloaded(len(stack.layers), end, dtype=dtype) if bias else None
 
@@ -75,9 +71,34 @@ class FusedLinear(nnx.Module):
         return [y[..., start:end] for start, end in self.rows]
 
 
+def fused_rows(sizes: Iterable[int], stack: Stack) -> tuple[tuple[int, int], ...]:
+    """The first row of each projection in a fused weight, and the one behind its last."""
+    rows, end = [], 0
+    for N in sizes:
+        start = -(-end // stack.row_alignment) * stack.row_alignment
+        end = start + N
+        rows.append((start, end))
+    return tuple(rows)
+
+
 def _linear(weight: nnx.Param, bias: nnx.Param | None, x: Array, layer: Any) -> Array:
     y = matmul(x, weight.get_value(), layer=layer)
     return y if bias is None else y + bias.get_value()[layer]
+
+
+class ExpertLinear(nnx.Module):
+    """Projections of E experts, fused as in FusedLinear: weight `[L, E, N, K]`."""
+
+    def __init__(self, E: int, parts: Mapping[str, int], K: int, stack: Stack, *, dtype: Any):
+        self.names, self.rows = tuple(parts), fused_rows(parts.values(), stack)
+        self.weight = unloaded(len(stack.layers), E, self.rows[-1][1], K, dtype=dtype)
+
+    def __call__(
+        self, x: Float[Array, "T K"], group_sizes: Int[Array, " E"], layer: Any
+    ) -> list[Float[Array, "T _"]]:
+        """The projections of one layer; x is sorted by expert, see `grouped_matmul`."""
+        y = grouped_matmul(x, self.weight.get_value(), group_sizes, layer=layer)
+        return [y[:, start:end] for start, end in self.rows]
 
 
 class SeparateLinear(nnx.Module):

@@ -10,13 +10,16 @@ from flax import nnx
 
 from jaxquant.errors import CheckpointError
 from jaxquant.models.hf_config import HFConfig
-from jaxquant.models.layers import FusedLinear, SeparateLinear, Stack
+from jaxquant.models.layers import ExpertLinear, FusedLinear, SeparateLinear, Stack
 
 # architecture -> (module, config class, model class)
 ARCHITECTURES = {
     "LlamaForCausalLM": ("jaxquant.models.llama", "LlamaConfig", "Llama"),
     "MistralForCausalLM": ("jaxquant.models.llama", "LlamaConfig", "Llama"),
 }
+
+
+EXPERTS = "experts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Slot:
         its own, whether it is stored in a fused weight or not.
       layer: the layer, or None.
       shape: of the checkpoint's tensor.
-      product: name of the fused product that a projection is part of, or None.
+      product: name of the fused product that a projection is part of, or None; `EXPERTS` for all
+        projections of a layer's experts.
     """
 
     path: str
@@ -43,12 +47,12 @@ class Place:
 
     Attributes:
       param: the parameter.
-      index: the layer in a stack, or None.
+      index: the layer in a stack, then the expert; empty for a parameter that is no stack.
       row: the first row; not 0 only in a fused weight.
     """
 
     param: nnx.Param
-    index: int | None
+    index: tuple[int, ...]
     row: int
 
 
@@ -82,18 +86,21 @@ class Family:
 
     def slots(self) -> dict[str, Slot]:
         """Hugging Face name -> Slot, in the order of the forward pass."""
-        model = self.abstract_model(jnp.float32, [Stack(range(1))])
-        before, layers, after = {}, [], {}
+        model = self.abstract_model(jnp.float32)
+        before, after = {}, {}
+        stacks = [[] for _ in model.stacks]
         for path, _, shape, product in _parameters(model):
-            if path.startswith("layers/0/"):
-                layers.append((path.removeprefix("layers/0/"), shape[1:], product))
+            if path.startswith("layers/"):
+                _, s, in_layer = path.split("/", 2)
+                stacks[int(s)].append((in_layer, shape[1:], product))
             else:
                 part = before if path.startswith("embed") else after
                 part[_hf_name(path)] = Slot(path, None, shape)
         stacked = {
             _hf_name(f"layers/{l}/{path}"): Slot(path, l, shape, product)
-            for l in range(self.cfg.num_layers)
-            for path, shape, product in layers
+            for stack, parameters in zip(model.stacks, stacks, strict=True)
+            for l in stack.layers
+            for path, shape, product in parameters
         }
         return {**before, **stacked, **after}
 
@@ -108,8 +115,9 @@ def places(model: Any, slots: Mapping[str, Slot]) -> dict[str, Place]:
             result[name] = found[slot.path]
         else:
             s = stack_of[slot.layer]
-            index = slot.layer - model.stacks[s].layers.start
-            result[name] = dataclasses.replace(found[f"layers/{s}/{slot.path}"], index=index)
+            place = found[f"layers/{s}/{slot.path}"]
+            index = (slot.layer - model.stacks[s].layers.start, *place.index)
+            result[name] = dataclasses.replace(place, index=index)
     return result
 
 
@@ -123,14 +131,22 @@ def _parameters(
             for name, param in _children(module):
                 L, _, *rest = param.get_value().shape
                 path = "/".join((*parents, part, name))
-                yield path, Place(param, None, start), (L, end - start, *rest), product
+                yield path, Place(param, (), start), (L, end - start, *rest), product
+        return
+    if isinstance(module, ExpertLinear):
+        parents, param = prefix[:-1], module.weight
+        L, E, _, K = param.get_value().shape
+        for e in range(E):
+            for part, (start, end) in zip(module.names, module.rows, strict=True):
+                path = "/".join((*parents, str(e), part, "weight"))
+                yield path, Place(param, (e,), start), (L, end - start, K), EXPERTS
         return
     if isinstance(module, SeparateLinear):
         prefix = prefix[:-1]
     for name, child in _children(module):
         path = (*prefix, name)
         if isinstance(child, nnx.Param):
-            yield "/".join(path), Place(child, None, 0), child.get_value().shape, None
+            yield "/".join(path), Place(child, (), 0), child.get_value().shape, None
         else:
             yield from _parameters(child, path)
 
