@@ -35,18 +35,18 @@ class Decoder(nnx.Module):
       cfg: the family's sizes; with vocab_size, hidden_size, num_layers, rms_norm_eps,
         tie_word_embeddings, and for the cache num_kv_heads and head_dim.
       dtype: of parameters and activations.
-      stacks: how layers are stored; default a stack for each run of layers of one kind.
+      stacks: how layers are stored; default one for each run of equal layers.
     """
 
     layers_type: ClassVar[Any]
 
     @staticmethod
-    def kind_of(cfg: Any, layer: int) -> Hashable:
-        """What layers of one stack have in common; a family with layers of several kinds says."""
+    def variant(cfg: Any, layer: int) -> Hashable:
+        """What tells layers with different parameters apart, in a family that has some."""
         return None
 
     def __init__(self, cfg: Any, dtype: Any, stacks: Sequence[Stack] | None = None):
-        stacks = stacks or _equal_layers(cfg, self.kind_of)
+        stacks = stacks or _equal_layers(cfg, self.variant)
         self.cfg = cfg
         self.stacks = tuple(stacks)
         self.embed_tokens = Table(cfg.vocab_size, cfg.hidden_size, dtype)
@@ -114,7 +114,7 @@ class Decoder(nnx.Module):
         return Cache.empty(cfg.num_layers, B, cfg.num_kv_heads, S, cfg.head_dim, dtype)
 
 
-def _equal_layers(cfg: Any, kind_of: Callable[[Any, int], Hashable]) -> list[Stack]:
-    runs = itertools.groupby(range(cfg.num_layers), key=lambda l: kind_of(cfg, l))
+def _equal_layers(cfg: Any, variant: Callable[[Any, int], Hashable]) -> list[Stack]:
+    runs = itertools.groupby(range(cfg.num_layers), key=lambda l: variant(cfg, l))
     layers = [list(run) for _, run in runs]
     return [Stack(range(run[0], run[-1] + 1)) for run in layers]
