@@ -1,5 +1,6 @@
 """Writing FP8 checkpoints: a BF16 one quantized as a stream, a loaded model, a parameter tree."""
 
+import collections
 import dataclasses
 import functools
 import re
@@ -21,6 +22,7 @@ from jaxquant.checkpoint.plan import Item, Plan, make_plan
 from jaxquant.checkpoint.writer import DEFAULT_SHARD_BYTES, TensorSource, write_folder
 from jaxquant.config import QuantConfig
 from jaxquant.errors import CheckpointError, JaxquantError
+from jaxquant.models.fused import FusedRows, rows_of, split_name, whole_name
 from jaxquant.models.hf_config import HFConfig
 from jaxquant.models.registry import Family, places
 from jaxquant.report import QuantReport, TensorReport
@@ -63,9 +65,13 @@ def quantize_checkpoint(
             raise CheckpointError(f"{folder.path}: the checkpoint is FP8 already; copy it instead")
         entries: list[TensorReport] = []
         sources = [s for item in plan.items for s in _quantized_sources(folder, item, entries)]
-        sizes = {item.name: folder.info(item.name).nbytes for item in plan.items}
+        fused = plan.family.fused
+        sources = _fuse(sources, fused, config.weight_block_size[0])
+        sizes: collections.Counter[str] = collections.Counter()
+        for item in plan.items:
+            sizes[whole_name(item.name, fused)] += folder.info(item.name).nbytes
         with tqdm(
-            total=sum(sizes.values()),
+            total=sizes.total(),
             unit="B",
             unit_scale=True,
             desc=f"Quantizing {folder.path.name}",
@@ -74,7 +80,7 @@ def quantize_checkpoint(
         ) as bar:
 
             def advance(source: TensorSource) -> None:
-                bar.update(sizes.get(source.name, 0))
+                bar.update(sizes[source.name])
 
             write_folder(
                 directory,
@@ -113,7 +119,8 @@ def save_model(
         slot, value = slots[name], place.param.get_value()
         sources += _array_sources(name, value, slot.shape, place.index, place.row)
         if not isinstance(value, QuantizedArray) and _is_linear(name, slot.shape):
-            kept.append(name.removesuffix(".weight"))
+            kept.append(whole_name(name, family.fused).removesuffix(".weight"))
+    sources = _fuse(sources, family.fused, config.weight_block_size[0] if config else 1)
     dtype = jnp.dtype(module.embed_tokens.weight.get_value().dtype).name
     key = "dtype" if "dtype" in hf_config else "torch_dtype"
     hf_config = {k: v for k, v in hf_config.items() if k not in _QUANTIZATION_KEYS}
@@ -228,6 +235,49 @@ def _take(array: jax.Array, index: tuple) -> jax.Array:
     return functools.reduce(blocked.take_layer, index, array)
 
 
+def _fuse(
+    sources: Iterable[TensorSource], fused: Mapping[str, FusedRows], block: int
+) -> list[TensorSource]:
+    """The tensors as the checkpoint has them: projections of a fused module as one.
+
+    Raises:
+      CheckpointError: some of the projections are FP8 and some are not, or their blocks are none
+        of the whole.
+    """
+    found: dict[str, dict[str, TensorSource]] = {}
+    for source in sources:
+        whole, part = split_name(source.name, fused) or (source.name, "")
+        found.setdefault(whole, {})[part] = source
+    return [
+        _join(name, parts, fused, block) if "" not in parts else parts[""]
+        for name, parts in found.items()
+    ]
+
+
+def _join(
+    name: str, parts: Mapping[str, TensorSource], fused: Mapping[str, FusedRows], block: int
+) -> TensorSource:
+    rows = rows_of(name, fused)
+    assert rows is not None
+    sources = list(parts.values())
+    if tuple(parts) != tuple(rows.parts) or len({source.dtype for source in sources}) > 1:
+        raise CheckpointError(
+            f"tensor {name.removesuffix(_SCALE_SUFFIX)} is written whole, so that all or none of "
+            f"{', '.join(rows.parts)} can be FP8; name {name.split('.')[-2]} in "
+            "modules_to_not_convert, or none of them"
+        )
+    if name.endswith(_SCALE_SUFFIX) and not rows.fits(block):
+        sizes = ", ".join(f"{part} {size}" for part, size in rows.parts.items())
+        raise CheckpointError(
+            f"tensor {name.removesuffix(_SCALE_SUFFIX)} is written whole, but blocks of {block} "
+            f"rows do not divide its parts ({sizes} rows); take a weight_block_size that does"
+        )
+    shape = (sum(source.shape[0] for source in sources), *sources[0].shape[1:])
+    return TensorSource(
+        name, sources[0].dtype, shape, lambda: rows.join([source.read() for source in sources])
+    )
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def _quantize(w: jax.Array, config: QuantConfig) -> tuple[QuantizedArray, Any, Any, Any]:
     qa = blocked.quantize(w, config)
@@ -247,7 +297,7 @@ def _check_finite(folder: CheckpointFolder, item: Item, finite: bool) -> None:
 def _kept(plan: Plan) -> list[str]:
     """Full paths of the linear modules that a plan leaves unquantized."""
     return [
-        item.name.removesuffix(".weight")
+        whole_name(item.name, plan.family.fused).removesuffix(".weight")
         for item in plan.items
         if item.config is None and _is_linear(item.name, item.slot.shape)
     ]
@@ -266,7 +316,7 @@ def _with_quantization(
         config,
         # What runs the checkpoint decides on weight-only; other readers know "dynamic" alone.
         activation_scheme="dynamic",
-        modules_to_not_convert=(*tied_head, *kept),
+        modules_to_not_convert=tuple(dict.fromkeys((*tied_head, *kept))),
     )
     fields = config.to_dict()
     if config.scale_fmt is None:

@@ -1,6 +1,8 @@
 """Read Hugging Face style checkpoint folders: config.json and one or more safetensors files."""
 
+import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -11,6 +13,7 @@ import numpy as np
 
 from jaxquant.checkpoint.reader import SafetensorsFile, TensorInfo, brief
 from jaxquant.errors import CheckpointError
+from jaxquant.models.fused import FusedRows, rows_of
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -58,11 +61,29 @@ class CheckpointFolder:
             file = self._files[self.shards[0]] = SafetensorsFile(self.shards[0])
             self._names_of = {file.path: frozenset(file.tensors)}
         self._shard_of = {name: shard for shard, names in self._names_of.items() for name in names}
+        self._parts: dict[str, _Part] = {}
+
+    def split(self, fused: Mapping[str, FusedRows], block: int = 1) -> None:
+        """From now on, has the projections of fused modules in place of the whole tensors.
+
+        They are named as in `jaxquant.models.fused`.
+
+        Args:
+          fused: name of a module -> how its rows lie.
+          block: rows of the weights to a row of their scales.
+        """
+        for whole in self._shard_of:
+            if (rows := rows_of(whole, fused)) is not None:
+                module, kind = whole.rsplit(".", 1)
+                for part in rows.parts:
+                    of = block if "scale" in kind else 1
+                    self._parts[f"{module}.{part}.{kind}"] = _Part(whole, rows, part, of)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of all tensors, sorted; costs no shard's opening."""
-        return tuple(sorted(self._shard_of))
+        whole = {part.whole for part in self._parts.values()}
+        return tuple(sorted((self._shard_of.keys() - whole) | self._parts.keys()))
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -84,7 +105,7 @@ class CheckpointFolder:
 
     def shard_of(self, name: str) -> Path:
         """Return the file that holds tensor `name`."""
-        shard = self._shard_of.get(name)
+        shard = self._shard_of.get(self._parts[name].whole if name in self._parts else name)
         if shard is None:
             raise CheckpointError(
                 f"{self.path}: no tensor {brief(name)} among its {len(self._shard_of)}"
@@ -93,15 +114,29 @@ class CheckpointFolder:
 
     def info(self, name: str) -> TensorInfo:
         """Return dtype, shape and place of tensor `name`."""
-        return self._file(self.shard_of(name)).tensors[name]
+        file, part = self._file(self.shard_of(name)), self._parts.get(name)
+        if part is None:
+            return file.tensors[name]
+        info = file.tensors[part.whole]
+        shape = part.shape(info)
+        nbytes = math.prod(shape) * info.dtype.itemsize
+        return dataclasses.replace(info, name=name, shape=shape, stop=info.start + nbytes)
 
     def read(self, name: str) -> np.ndarray:
-        """Return tensor `name` as a read-only view of its memory-mapped shard."""
-        return self._file(self.shard_of(name)).read(name)
+        """Return tensor `name` as a read-only view of its memory-mapped shard.
+
+        The rows of a projection that lie in several groups are a copy.
+        """
+        file, part = self._file(self.shard_of(name)), self._parts.get(name)
+        if part is None:
+            return file.read(name)
+        part.shape(file.tensors[part.whole])
+        return part.rows.take(file.read(part.whole), part.name, part.block)
 
     def release(self, name: str) -> None:
         """Tell the kernel that the pages of tensor `name` are not needed soon."""
-        self._file(self.shard_of(name)).release(name)
+        whole = self._parts[name].whole if name in self._parts else name
+        self._file(self.shard_of(name)).release(whole)
 
     def other_files(self) -> list[Path]:
         """Return the files that an export carries over, sorted by name.
@@ -145,6 +180,33 @@ class CheckpointFolder:
             )
         self._files[shard] = file
         return file
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """The rows of one projection in a tensor that holds several."""
+
+    whole: str
+    rows: FusedRows
+    name: str
+    block: int
+
+    def shape(self, info: TensorInfo) -> tuple[int, ...]:
+        """Of the part, given the whole."""
+        rows, sizes = self.rows, self.rows.parts
+        want = -(-rows.groups * sum(sizes.values()) // self.block)
+        if not info.shape or info.shape[0] != want:
+            raise CheckpointError(
+                f"tensor {brief(self.whole)} has shape {list(info.shape)}; config.json asks for "
+                f"{want} rows: {', '.join(sizes)}"
+            )
+        if not rows.fits(self.block):
+            raise CheckpointError(
+                f"tensor {brief(self.whole)}: blocks of {self.block} rows have rows of two of "
+                f"{', '.join(sizes)} ({', '.join(map(str, sizes.values()))} rows); "
+                "start from the BF16 checkpoint"
+            )
+        return (rows.groups * -(-sizes[self.name] // self.block), *info.shape[1:])
 
 
 def find_weights(folder: Path) -> dict[Path, frozenset[str]]:

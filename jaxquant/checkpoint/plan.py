@@ -86,6 +86,7 @@ def make_plan(folder: CheckpointFolder, config: QuantConfig | None) -> Plan:
             f"{source}: the checkpoint is FP8 already ({stored.describe()}), but "
             f"{config.describe()} was asked for; load it as it is, or start from the BF16 one"
         )
+    folder.split(family.fused, 1 if stored is None else stored.weight_block_size[0])
     slots = family.slots()
     if config is not None:
         _check_kept_modules(folder, config, slots)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -51,10 +51,11 @@ class Forward:
 
     positions: Int[Array, "B T"]
 
-    @staticmethod
-    def of(tokens: Int[Array, "B T"]) -> "Forward":
-        """Of sequences that start at position 0."""
-        return Forward(_positions(tokens))
+    @classmethod
+    def of(cls, tokens: Int[Array, "B T"], lengths: Int[Array, " B"] | None = None) -> Self:
+        """Of sequences that start at position 0; padding behind `lengths` has none of its own."""
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        return cls(positions if lengths is None else jnp.minimum(positions, lengths[:, None] - 1))
 
     def attend(
         self,
@@ -65,20 +66,28 @@ class Forward:
         layer: Any,
         *,
         window: int | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> tuple[Float[Array, "B T Hq D"], Any]:
-        """What each token attends to: itself and those before it. And the cache."""
-        return causal_attention(q, k, v, window), cache
+        """What each token gets from itself and those before it, and the cache.
+
+        Args:
+          q: queries, rotated.
+          k: keys, rotated.
+          v: values.
+          cache: the Cache, or None.
+          layer: which of its layers is meant.
+          window: how many tokens a token sees, itself included; None is all.
+          scale: what `q k^T` is multiplied with; default `1 / sqrt(D)`.
+          softcap: if given, scores become `softcap * tanh(scores / softcap)`.
+        """
+        return causal_attention(q, k, v, window, scale, softcap), cache
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Prefill(Forward):
     """A pass over prompts, padded on the right, that fills an empty cache."""
-
-    @staticmethod
-    def of(tokens: Int[Array, "B T"]) -> "Prefill":
-        """Of sequences that start at position 0."""
-        return Prefill(_positions(tokens))
 
     def attend(
         self,
@@ -89,6 +98,8 @@ class Prefill(Forward):
         layer: Any,
         *,
         window: int | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> tuple[Float[Array, "B T Hq D"], Cache]:
         """See `Forward.attend`; keys and values are written to the cache."""
         start = (layer, 0, 0, 0, 0)
@@ -97,7 +108,7 @@ class Prefill(Forward):
             k=lax.dynamic_update_slice(cache.k, k.swapaxes(1, 2)[None], start),
             v=lax.dynamic_update_slice(cache.v, v.swapaxes(1, 2)[None], start),
         )
-        return causal_attention(q, k, v, window), cache
+        return causal_attention(q, k, v, window, scale, softcap), cache
 
 
 @jax.tree_util.register_dataclass
@@ -125,6 +136,8 @@ class DecodeStep:
         layer: Any,
         *,
         window: int | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> tuple[Float[Array, "B 1 Hq D"], Cache]:
         """See `Forward.attend`; keys and values are written to the cache first."""
         at = self.lengths
@@ -134,23 +147,34 @@ class DecodeStep:
             k=cache.k.at[layer, rows, :, at].set(k[:, 0]),
             v=cache.v.at[layer, rows, :, at].set(v[:, 0]),
         )
-        return cached_attention(q, cache.k[layer], cache.v[layer], at, window), cache
+        out = cached_attention(q, cache.k[layer], cache.v[layer], at, window, scale, softcap)
+        return out, cache
 
 
 def causal_attention(
     q: Float[Array, "B T Hq D"],
     k: Float[Array, "B T H D"],
     v: Float[Array, "B T H D"],
-    window: int | None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T Hq D"]:
-    """Each token attends to itself and those before it, the last `window` of them if given."""
-    left = None if window is None or window >= q.shape[1] else (window - 1, 0)
+    """Each token attends to itself and those before it; see `Forward.attend`."""
+    B, T, _, D = q.shape
+    if softcap is not None:  # which XLA's and cuDNN's attention do not have
+        slot = jnp.arange(T)
+        mask = _mask(slot, slot[:, None], window)
+        grouped = q.reshape(B, T, k.shape[2], -1, D)
+        return _attention("bthgd,bshd->bhgts", "bhgts,bshd->bthgd")(
+            grouped, k, v, mask, scale, softcap
+        ).reshape(q.shape)
+    left = None if window is None or window >= T else (window - 1, 0)
     attend = functools.partial(
-        jax.nn.dot_product_attention, q, k, v, is_causal=True, local_window_size=left
+        jax.nn.dot_product_attention, q, k, v, is_causal=True, local_window_size=left, scale=scale
     )
     # cuDNN's flash attention takes 16-bit inputs and heads of up to 128 in steps of 8.
-    flash = q.dtype != jnp.float32 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    if flash and q.shape[1] > 1 and jax.default_backend() == "gpu":
+    flash = q.dtype != jnp.float32 and D % 8 == 0 and D <= 128
+    if flash and T > 1 and jax.default_backend() == "gpu":
         return attend(implementation="cudnn")
     with jax.default_matmul_precision(_precision(q.dtype)):
         return attend(implementation="xla")
@@ -161,23 +185,42 @@ def cached_attention(
     k: Float[Array, "B H S D"],
     v: Float[Array, "B H S D"],
     position: Int[Array, " B"],
-    window: int | None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B 1 Hq D"]:
-    """The token at `position` of each sequence attends to slots 0 to position, or the last ones."""
-    (B, H, S, D), precision = k.shape, _precision(q.dtype)
-    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-    logits = product("bhgd,bhsd->bhgs", q.reshape(B, H, -1, D), k) / math.sqrt(D)
-    slot, last = jnp.arange(S), position[:, None]
-    mask = slot <= last
-    if window is not None and window < S:
-        mask &= slot > last - window
-    logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return product("bhgs,bhsd->bhgd", weights, v).astype(q.dtype).reshape(q.shape)
+    """The token at `position` of each sequence attends to the slots up to it.
+
+    See `Forward.attend`.
+    """
+    B, H, S, D = k.shape
+    mask = _mask(jnp.arange(S), position[:, None], window)[:, None, None]
+    attend = _attention("bhgd,bhsd->bhgs", "bhgs,bhsd->bhgd")
+    return attend(q.reshape(B, H, -1, D), k, v, mask, scale, softcap).reshape(q.shape)
 
 
-def _positions(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+def _mask(slot: Array, position: Array, window: int | None) -> Array:
+    """Which slots a token at a position sees."""
+    mask = slot <= position
+    return mask if window is None else mask & (slot > position - window)
+
+
+def _attention(scores: str, values: str) -> Any:
+    """Attention with explicit scores, its two products given as einsum equations."""
+
+    def attend(
+        q: Array, k: Array, v: Array, mask: Array, scale: float | None, softcap: float | None
+    ) -> Array:
+        product = functools.partial(
+            jnp.einsum, precision=_precision(q.dtype), preferred_element_type=jnp.float32
+        )
+        logits = product(scores, q, k) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+        if softcap is not None:
+            logits = softcap * jnp.tanh(logits / softcap)
+        weights = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf), axis=-1)
+        return product(values, weights.astype(v.dtype), v).astype(q.dtype)
+
+    return attend
 
 
 def _precision(dtype: Any) -> str | None:

@@ -5,8 +5,9 @@ place from the stack. Layers that differ in what is quantized are in stacks of t
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
 from jaxquant.models.attention import Cache, DecodeStep, Forward, Prefill
+from jaxquant.models.fused import FusedRows
 from jaxquant.models.layers import RMSNorm, Stack, Table
 
 
@@ -28,17 +30,28 @@ class Decoder(nnx.Module):
         tokens        what is done: `attention.Forward`, `Prefill` or `DecodeStep`
         cache         the Cache that goes with it, or None
         cache_layer   which layer of the model
+        kind          of cfg.layer_kinds, if the config has them
 
     and returning x and the cache.
 
     Args:
       cfg: the family's sizes; with vocab_size, hidden_size, num_layers, rms_norm_eps,
-        tie_word_embeddings, and for the cache num_kv_heads and head_dim.
+        tie_word_embeddings, and for the cache num_kv_heads and head_dim. Layers whose parameters
+        are equal but whose computation is not have `layer_kinds`, one hashable for each.
       dtype: of parameters and activations.
       stacks: how layers are stored; default one for each run of equal layers.
     """
 
     layers_type: ClassVar[Any]
+    norm_type: ClassVar[Any] = RMSNorm
+    # Path of a parameter, or the end of one within a layer -> what the checkpoint calls it, where
+    # that differs.
+    checkpoint_names: ClassVar[Mapping[str, str]] = {}
+
+    @staticmethod
+    def fused(cfg: Any) -> Mapping[str, FusedRows]:
+        """Modules of the checkpoint that hold the rows of several projections, by name."""
+        return {}
 
     @staticmethod
     def variant(cfg: Any, layer: int) -> Hashable:
@@ -51,7 +64,7 @@ class Decoder(nnx.Module):
         self.stacks = tuple(stacks)
         self.embed_tokens = Table(cfg.vocab_size, cfg.hidden_size, dtype)
         self.layers = nnx.List([self.layers_type(cfg, stack, dtype) for stack in stacks])
-        self.norm = RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps, dtype=dtype)
+        self.norm = self.norm_type(cfg.hidden_size, eps=cfg.rms_norm_eps, dtype=dtype)
         self.lm_head = (
             None if cfg.tie_word_embeddings else Table(cfg.vocab_size, cfg.hidden_size, dtype)
         )
@@ -74,7 +87,7 @@ class Decoder(nnx.Module):
         Returns:
           Logits of the last token of each prompt, and the cache.
         """
-        x, cache = self._run(tokens, Prefill.of(tokens), cache)
+        x, cache = self._run(tokens, Prefill.of(tokens, lengths), cache)
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self.head(last), dataclasses.replace(cache, lengths=lengths)
 
@@ -92,17 +105,32 @@ class Decoder(nnx.Module):
         self, ids: Int[Array, "B T"], tokens: Any, cache: Any
     ) -> tuple[Float[Array, "B T K"], Any]:
         # The cache is carried and written in place; as a scanned input it would be copied.
-        carry = self.embed_tokens.embed(ids), cache
+        carry = self.embed(ids), cache
+        kinds = getattr(self.cfg, "layer_kinds", (None,) * self.cfg.num_layers)
         for stack, layers in zip(self.stacks, self.layers, strict=True):
+            first = stack.layers.start
+            for start, period, count in repeats(kinds[first : stack.layers.stop]):
+                pattern = kinds[first + start :][:period]
 
-            def layer(
-                carry: tuple, l: Array, layers: Any = layers, first: int = stack.layers.start
-            ) -> tuple[tuple, None]:
-                x, cache = carry
-                return layers(x, l, tokens, cache, first + l), None
+                def piece(
+                    carry: tuple,
+                    l: Array,
+                    layers: Any = layers,
+                    first: int = first,
+                    pattern: tuple = pattern,
+                ) -> tuple[tuple, None]:
+                    x, cache = carry
+                    for j, kind in enumerate(pattern):
+                        how = () if kind is None else (kind,)
+                        x, cache = layers(x, l + j, tokens, cache, first + l + j, *how)
+                    return (x, cache), None
 
-            carry, _ = lax.scan(layer, carry, jnp.arange(len(stack.layers)))
+                carry, _ = lax.scan(piece, carry, start + period * jnp.arange(count))
         return carry
+
+    def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T K"]:
+        """The residual stream that enters the first layer."""
+        return self.embed_tokens.embed(ids)
 
     def head(self, x: Float[Array, "*batch K"]) -> Float32[Array, "*batch V"]:
         """Final norm and logits in float32."""
@@ -118,3 +146,30 @@ def _equal_layers(cfg: Any, variant: Callable[[Any, int], Hashable]) -> list[Sta
     runs = itertools.groupby(range(cfg.num_layers), key=lambda l: variant(cfg, l))
     layers = [list(run) for _, run in runs]
     return [Stack(range(run[0], run[-1] + 1)) for run in layers]
+
+
+@functools.lru_cache
+def repeats(kinds: tuple[Hashable, ...]) -> tuple[tuple[int, int, int], ...]:
+    """Cuts a sequence into repeated patterns such that the patterns are short in all.
+
+    Args:
+      kinds: of n layers.
+
+    Returns:
+      `(start, period, count)` of each piece: `kinds[start : start + period]`, count times.
+
+    >>> repeats(("a", "a", "b", "a", "a", "b", "a"))
+    ((0, 3, 2), (6, 1, 1))
+    """
+    n = len(kinds)
+    best: dict[int, tuple[int, tuple]] = {n: (0, ())}
+    for start in reversed(range(n)):
+        options = []
+        for period in range(1, n - start + 1):
+            pattern, end = kinds[start : start + period], start + period
+            while kinds[end : end + period] == pattern:
+                end += period
+            cost, pieces = best[end]
+            options.append((period + cost, ((start, period, (end - start) // period), *pieces)))
+        best[start] = min(options, key=lambda option: option[0])
+    return best[0][1]

@@ -22,8 +22,10 @@ class HFConfig:
 
     @property
     def model_type(self) -> str:
-        """`model_type`, or an empty string."""
-        return str(self.fields.get("model_type", ""))
+        """`model_type`, or what the architecture's name says: llama for LlamaForCausalLM."""
+        architecture = str(next(iter(self.fields.get("architectures") or ()), ""))
+        default = architecture.removesuffix("ForCausalLM").lower()
+        return str(self.fields.get("model_type") or default)
 
     def error(self, field: str, allowed: str) -> CheckpointError:
         """The error for a field that is not allowed."""
@@ -54,9 +56,36 @@ class HFConfig:
             raise self.error(field, "a positive number")
         return float(value)
 
-    def optional_number(self, field: str) -> float | None:
-        """A positive number, or None if the field is null or missing."""
-        return None if self.fields.get(field) is None else self.number(field)
+    def optional_number(self, field: str, *, default: float | None = None) -> float | None:
+        """A positive number, or None if the field is null; `default` if it is missing."""
+        value = self.fields.get(field, default)
+        return None if value is None else self.number(field, default=default)
+
+    def count(self, field: str, *, default: int) -> int:
+        """An int that is not negative."""
+        value = self.fields.get(field)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise self.error(field, "an integer that is not negative")
+        return value
+
+    def choice(self, field: str, allowed: tuple[str, ...], *, default: str) -> str:
+        """One of the allowed strings."""
+        value = self.fields.get(field)
+        value = default if value is None else value
+        if not isinstance(value, str) or value not in allowed:
+            raise self.error(field, ", ".join(map(repr, allowed)))
+        return value
+
+    def layer_types(
+        self, n: int, *, default: tuple[str, ...], allowed: tuple[str, ...]
+    ) -> tuple[str, ...]:
+        """`layer_types`: a name for each of n layers."""
+        value = self.fields.get("layer_types")
+        value = default if value is None else value
+        if not isinstance(value, list | tuple) or len(value) != n or set(value) - set(allowed):
+            raise self.error("layer_types", f"a list of {n} of {', '.join(map(repr, allowed))}")
+        return tuple(value)
 
     def flag(self, field: str, *, default: bool) -> bool:
         """true or false."""
@@ -95,6 +124,8 @@ class HFConfig:
           interleaved: which pairs are rotated; see `Rope`.
         """
         new = self.fields.get("rope_parameters") is not None
+        if new and self.fields.get("rope_scaling") is not None:
+            raise self.error("rope_scaling", "null, since there is rope_parameters")
         rope = self.section("rope_parameters" if new else "rope_scaling")
         return self.rope_of(
             rope,

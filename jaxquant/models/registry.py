@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxquant.errors import CheckpointError
+from jaxquant.models.fused import FusedRows
 from jaxquant.models.hf_config import HFConfig
 from jaxquant.models.layers import ExpertLinear, FusedLinear, SeparateLinear, Stack
 
@@ -16,6 +17,19 @@ from jaxquant.models.layers import ExpertLinear, FusedLinear, SeparateLinear, St
 ARCHITECTURES = {
     "LlamaForCausalLM": ("jaxquant.models.llama", "LlamaConfig", "Llama"),
     "MistralForCausalLM": ("jaxquant.models.llama", "LlamaConfig", "Llama"),
+    "InternLM2ForCausalLM": ("jaxquant.models.internlm2", "InternLM2Config", "InternLM2"),
+    "InternLM3ForCausalLM": ("jaxquant.models.llama", "LlamaConfig", "Llama"),
+    "Qwen2ForCausalLM": ("jaxquant.models.qwen", "QwenConfig", "Qwen"),
+    "Qwen3ForCausalLM": ("jaxquant.models.qwen", "QwenConfig", "Qwen"),
+    "GlmForCausalLM": ("jaxquant.models.glm", "GlmConfig", "Glm"),
+    "Glm4ForCausalLM": ("jaxquant.models.glm", "GlmConfig", "Glm4"),
+    "Gemma2ForCausalLM": ("jaxquant.models.gemma", "GemmaConfig", "Gemma"),
+    "Gemma3ForCausalLM": ("jaxquant.models.gemma", "GemmaConfig", "Gemma"),
+    "Phi3ForCausalLM": ("jaxquant.models.phi3", "Phi3Config", "Phi3"),
+    "GraniteForCausalLM": ("jaxquant.models.granite", "GraniteConfig", "Granite"),
+    "SmolLM3ForCausalLM": ("jaxquant.models.smollm3", "SmolLM3Config", "SmolLM3"),
+    "Olmo2ForCausalLM": ("jaxquant.models.olmo2", "Olmo2Config", "Olmo2"),
+    "StableLmForCausalLM": ("jaxquant.models.stablelm", "StableLMConfig", "StableLM"),
 }
 
 
@@ -80,6 +94,11 @@ class Family:
         self.cfg: Any = getattr(module, config_name).from_hf(hf)
         self._model = getattr(module, model_name)
 
+    @property
+    def fused(self) -> Mapping[str, FusedRows]:
+        """Modules of the checkpoint that hold the rows of several projections; see `fused.py`."""
+        return self._model.fused(self.cfg)
+
     def abstract_model(self, dtype: Any, stacks: Sequence[Stack] | None = None) -> Any:
         """The model with ShapeDtypeStructs for parameters; see `Decoder`."""
         return self._model(self.cfg, dtype, stacks)
@@ -95,14 +114,21 @@ class Family:
                 stacks[int(s)].append((in_layer, shape[1:], product))
             else:
                 part = before if path.startswith("embed") else after
-                part[_hf_name(path)] = Slot(path, None, shape)
+                part[self._checkpoint_name(path)] = Slot(path, None, shape)
         stacked = {
-            _hf_name(f"layers/{l}/{path}"): Slot(path, l, shape, product)
+            self._checkpoint_name(f"layers/{l}/{path}"): Slot(path, l, shape, product)
             for stack, parameters in zip(model.stacks, stacks, strict=True)
             for l in stack.layers
             for path, shape, product in parameters
         }
         return {**before, **stacked, **after}
+
+    def _checkpoint_name(self, path: str) -> str:
+        prefix = "" if path.startswith("lm_head") else "model."
+        path = f"/{path}/"
+        for ours, theirs in self._model.checkpoint_names.items():
+            path = path.replace(f"/{ours}/", f"/{theirs}/")
+        return prefix + path.strip("/").replace("/", ".")
 
 
 def places(model: Any, slots: Mapping[str, Slot]) -> dict[str, Place]:
@@ -157,8 +183,3 @@ def _children(module: Any) -> Iterator[tuple[str, Any]]:
     for name, child in items:
         if isinstance(child, nnx.Param | nnx.Module | nnx.List):
             yield str(name), child
-
-
-def _hf_name(path: str) -> str:
-    name = path.replace("/", ".")
-    return name if name.startswith("lm_head") else f"model.{name}"

@@ -86,7 +86,7 @@ def test_a_batch_of_unequal_prompts_equals_each_alone(golden):
 
 def test_a_token_sees_no_later_one_and_nothing_beyond_the_window(golden):
     model, tokens = golden("mistral"), expected("mistral")["tokens"][:1]
-    window, layers = model.module.cfg.window, model.module.cfg.num_layers
+    window, layers = model.module.cfg.layer_kinds[0].window, model.module.cfg.num_layers
     reference = np.asarray(model(tokens))[0]
     changed = tokens.copy()
     changed[0, 2] = (changed[0, 2] + 1) % model.module.cfg.vocab_size

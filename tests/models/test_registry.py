@@ -141,15 +141,15 @@ def test_null_means_the_default():
 def test_a_null_rope_parameters_hides_no_rope_scaling():
     scaling = {"type": "linear", "factor": 2.0}
     cfg = family(rope_parameters=None, rope_scaling=scaling).cfg
-    assert (cfg.rope.scaling, cfg.rope.factor) == ("linear", 2.0)
+    assert (cfg.layer_kinds[0].rope.scaling, cfg.layer_kinds[0].rope.factor) == ("linear", 2.0)
 
 
 def test_mistral_has_its_own_defaults():
     missing = {"num_key_value_heads": ..., "max_position_embeddings": ...}
     cfg = family(**MISTRAL, **missing, num_attention_heads=8).cfg
-    assert (cfg.num_kv_heads, cfg.max_position, cfg.window) == (8, 131072, 4096)
-    assert family(**MISTRAL, sliding_window=None).cfg.window is None
-    assert family(sliding_window=16).cfg.window is None  # Llama has none
+    assert (cfg.num_kv_heads, cfg.max_position, cfg.layer_kinds[0].window) == (8, 131072, 4096)
+    assert family(**MISTRAL, sliding_window=None).cfg.layer_kinds[0].window is None
+    assert family(sliding_window=16).cfg.layer_kinds[0].window is None  # Llama has none
 
 
 def test_head_dim_need_not_be_a_share_of_hidden_size():

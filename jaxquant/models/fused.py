@@ -1,0 +1,72 @@
+"""Modules of a checkpoint that hold the rows of several projections, apart and together.
+
+Each projection has blocks of its own, so that its bytes do not depend on how it is stored. The
+tensor of a projection is named as if its module lay inside the one that holds it: the rows of
+`self_attn.qkv_proj.weight` are `self_attn.qkv_proj.q_proj.weight` and so on.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedRows:
+    """How the rows of projections lie in a tensor: in equal groups, each with some rows of all.
+
+    Attributes:
+      parts: projection -> its rows in a group, in their order.
+      groups: how many there are.
+
+    >>> wqkv = FusedRows({"wq": 4, "wk": 2, "wv": 2}, groups=2)  # two query heads to a key head
+    >>> wqkv.take(np.arange(16), "wk")
+    array([ 4,  5, 12, 13])
+    """
+
+    parts: Mapping[str, int]
+    groups: int = 1
+
+    def take(self, tensor: np.ndarray, part: str, block: int = 1) -> np.ndarray:
+        """The rows of one projection; a view if there is one group.
+
+        Args:
+          tensor: the whole, or its scales.
+          part: which one.
+          block: rows of the whole to a row of `tensor`; see `fits`.
+        """
+        before = itertools.takewhile(lambda name: name != part, self.parts)
+        start = sum(self.parts[name] for name in before) // block
+        stop = start - (-self.parts[part] // block)
+        grouped = tensor.reshape(self.groups, -1, *tensor.shape[1:])
+        return grouped[:, start:stop].reshape(-1, *tensor.shape[1:])
+
+    def join(self, tensors: Sequence[np.ndarray]) -> np.ndarray:
+        """The whole tensor, or its scales, of those of the projections in their order."""
+        grouped = [x.reshape(self.groups, -1, *x.shape[1:]) for x in tensors]
+        return np.concatenate(grouped, axis=1).reshape(-1, *tensors[0].shape[1:])
+
+    def fits(self, block: int) -> bool:
+        """Whether no block of so many rows has rows of two projections, or of two groups."""
+        *others, last = self.parts.values()
+        return not any(size % block for size in others) and (self.groups == 1 or not last % block)
+
+
+def split_name(name: str, fused: Mapping[str, FusedRows]) -> tuple[str, str] | None:
+    """The name of a projection's tensor as that of the whole, and the projection's; or None."""
+    *prefix, module, part, kind = ("", "", *name.split("."))
+    if module not in fused or part not in fused[module].parts:
+        return None
+    return ".".join((*prefix[2:], module, kind)), part
+
+
+def whole_name(name: str, fused: Mapping[str, FusedRows]) -> str:
+    """The name of the tensor in the checkpoint."""
+    whole, _ = split_name(name, fused) or (name, "")
+    return whole
+
+
+def rows_of(name: str, fused: Mapping[str, FusedRows]) -> FusedRows | None:
+    """How the rows of a whole tensor lie, if it is fused."""
+    return fused.get(name.split(".")[-2]) if "." in name else None
