@@ -96,8 +96,9 @@ def _tiled(
 
 
 def _matmul(x: Array, w: QuantizedArray | Array, index: Array, out_dtype: Any) -> Array:
-    run = xla.matmul if isinstance(w, QuantizedArray) else xla.plain_matmul
-    return run(x, w, index, out_dtype)
+    if isinstance(w, QuantizedArray):
+        return xla.matmul(x, w, index, out_dtype)
+    return xla.plain_matmul(x, w, index, out_dtype)
 
 
 IMPLEMENTATIONS = {"xla": _tiled}
