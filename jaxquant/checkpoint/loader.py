@@ -99,7 +99,7 @@ def load(
             place.param.set_value(value)
         while queue:
             settle(queue.popleft())
-    return model, QuantReport(tuple(entries))
+    return model, QuantReport((*entries, *skipped_reports(folder, plan)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,6 +234,13 @@ def _store(
         scale=blocked.put(param.scale, piece.scale, index, row // param.block_size[0]),
     )
     return param, finite, error, norm
+
+
+def skipped_reports(folder: CheckpointFolder, plan: Plan) -> Iterator[TensorReport]:
+    """The reports of tensors that the model does without."""
+    for name in plan.skipped:
+        info, reason = folder.info(name), "multi-token prediction: not loaded"
+        yield TensorReport(name.replace(".", "/"), info.shape, False, reason, info.nbytes, 0)
 
 
 def tensor_report(

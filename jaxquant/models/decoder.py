@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
 from jaxquant.models.attention import Cache, DecodeStep, Forward, Prefill
-from jaxquant.models.fused import FusedRows
+from jaxquant.models.fused import FusedRows, StackedExperts
 from jaxquant.models.layers import RMSNorm, Stack, Table
 
 
@@ -52,6 +52,11 @@ class Decoder(nnx.Module):
     def fused(cfg: Any) -> Mapping[str, FusedRows]:
         """Modules of the checkpoint that hold the rows of several projections, by name."""
         return {}
+
+    @classmethod
+    def stacked(cls, cfg: Any) -> StackedExperts | None:
+        """How the experts of a layer lie in a checkpoint that has them stacked."""
+        return None
 
     @staticmethod
     def variant(cfg: Any, layer: int) -> Hashable:

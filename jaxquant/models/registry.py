@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxquant.errors import CheckpointError
-from jaxquant.models.fused import FusedRows
+from jaxquant.models.fused import FusedRows, StackedExperts
 from jaxquant.models.hf_config import HFConfig
 from jaxquant.models.layers import ExpertLinear, FusedLinear, SeparateLinear, Stack
 
@@ -30,6 +30,12 @@ ARCHITECTURES = {
     "SmolLM3ForCausalLM": ("jaxquant.models.smollm3", "SmolLM3Config", "SmolLM3"),
     "Olmo2ForCausalLM": ("jaxquant.models.olmo2", "Olmo2Config", "Olmo2"),
     "StableLmForCausalLM": ("jaxquant.models.stablelm", "StableLMConfig", "StableLM"),
+    "MixtralForCausalLM": ("jaxquant.models.mixtral", "MixtralConfig", "Mixtral"),
+    "Qwen2MoeForCausalLM": ("jaxquant.models.qwen_moe", "Qwen2MoEConfig", "Qwen2MoE"),
+    "Qwen3MoeForCausalLM": ("jaxquant.models.qwen_moe", "Qwen3MoEConfig", "Qwen3MoE"),
+    "DeepseekV2ForCausalLM": ("jaxquant.models.deepseek", "DeepseekV2Config", "Deepseek"),
+    "DeepseekV3ForCausalLM": ("jaxquant.models.deepseek", "DeepseekV3Config", "Deepseek"),
+    "Glm4MoeForCausalLM": ("jaxquant.models.glm_moe", "Glm4MoEConfig", "Glm4MoE"),
 }
 
 
@@ -98,6 +104,17 @@ class Family:
     def fused(self) -> Mapping[str, FusedRows]:
         """Modules of the checkpoint that hold the rows of several projections; see `fused.py`."""
         return self._model.fused(self.cfg)
+
+    @property
+    def stacked(self) -> StackedExperts | None:
+        """How experts lie in a checkpoint that has them stacked, in a family with experts."""
+        return self._model.stacked(self.cfg)
+
+    def skips(self, name: str) -> bool:
+        """Whether a tensor is of a layer that predicts further tokens, which is not loaded."""
+        parts, L = name.split("."), self.cfg.num_layers
+        skipped = range(L, L + getattr(self.cfg, "mtp_layers", 0))
+        return parts[:2] == ["model", "layers"] and parts[2] in map(str, skipped)
 
     def abstract_model(self, dtype: Any, stacks: Sequence[Stack] | None = None) -> Any:
         """The model with ShapeDtypeStructs for parameters; see `Decoder`."""
