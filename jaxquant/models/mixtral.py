@@ -1,6 +1,7 @@
 """Mixtral (https://arxiv.org/abs/2401.04088): Mistral with experts in every layer."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 from jaxquant.models.dense import LayerKind, read_sizes
@@ -44,4 +45,4 @@ class Mixtral(MoEDecoder):
     """A decoder of such layers."""
 
     layers_type = MixtralLayers
-    checkpoint_names: ClassVar[dict[str, str]] = {"mlp": "block_sparse_moe"}
+    checkpoint_names: ClassVar[Mapping[str, str]] = {"mlp": "block_sparse_moe"}
