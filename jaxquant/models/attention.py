@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ class Forward:
     positions: Int[Array, "B T"]
 
     @classmethod
-    def of(cls, tokens: Int[Array, "B T"], lengths: Int[Array, " B"] | None = None) -> Self:
+    def of(cls, tokens: Int[Array, "B T"], lengths: Int[Array, " B"] | None = None) -> Any:
         """Of sequences that start at position 0; padding behind `lengths` has none of its own."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         return cls(positions if lengths is None else jnp.minimum(positions, lengths[:, None] - 1))
