@@ -26,6 +26,8 @@ class GeluMul:
 
 # What config.json calls them: what stands before the down projection.
 ACTIVATIONS: dict[str, Prologue] = {"silu": SiluMul(), "gelu_pytorch_tanh": GeluMul()}
+# There is a LayerKind for each, before a look at the tensors.
+_MAX_LAYERS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +105,14 @@ def read_sizes(
     kv_heads = size("num_key_value_heads", num_kv_heads, heads)
     if heads % kv_heads:
         raise hf.error("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
+    num_layers = hf.size("num_hidden_layers")
+    if num_layers > _MAX_LAYERS:
+        raise hf.error("num_hidden_layers", f"at most {_MAX_LAYERS}")
     return {
         "vocab_size": hf.size("vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": hf.size("intermediate_size"),
-        "num_layers": hf.size("num_hidden_layers"),
+        "num_layers": num_layers,
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": size("head_dim", head_dim, hidden // heads),

@@ -37,8 +37,8 @@ class HFConfig:
         """A positive int; required unless there is a default."""
         value = self.fields.get(field)
         value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise self.error(field, "a positive integer")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+            raise self.error(field, "a positive integer below 2^31")
         return value
 
     def optional_size(self, field: str, *, default: int | None = None) -> int | None:
@@ -83,7 +83,11 @@ class HFConfig:
         """`layer_types`: a name for each of n layers."""
         value = self.fields.get("layer_types")
         value = default if value is None else value
-        if not isinstance(value, list | tuple) or len(value) != n or set(value) - set(allowed):
+        if (
+            not isinstance(value, list | tuple)
+            or len(value) != n
+            or any(v not in allowed for v in value)
+        ):
             raise self.error("layer_types", f"a list of {n} of {', '.join(map(repr, allowed))}")
         return tuple(value)
 
@@ -178,11 +182,14 @@ class HFConfig:
             }
         if kind == "yarn":
             options |= self._yarn(rope)
-        return Rope(
-            self._rotary_dim(rope, head_dim, partial),
-            rope.number("rope_theta", default=theta),
-            **options,
-        )
+        dim = self._rotary_dim(rope, head_dim, partial)
+        theta = rope.number("rope_theta", default=theta)
+        if kind == "dynamic" and dim == 2:
+            raise self.error("head_dim", "more with rope_type 'dynamic'")
+        if kind == "yarn" and theta <= 1:
+            where = rope if "rope_theta" in rope.fields else self
+            raise where.error("rope_theta", "more than 1 with rope_type 'yarn'")
+        return Rope(dim, theta, **options)
 
     def _rotary_dim(self, rope: "HFConfig", head_dim: int, partial: float | None) -> int:
         field, dim = "partial_rotary_factor", head_dim

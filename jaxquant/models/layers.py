@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from jaxquant.matmul import Prologue, RMSNorm as RMSNormPrologue, matmul
+from jaxquant.matmul import Prologue, RMSNorm as RMSNormPrologue, grouped_matmul, matmul
 
 
 def unloaded(*shape: int, dtype: Any) -> nnx.Param:
@@ -65,12 +65,8 @@ class FusedLinear(nnx.Module):
     """
 
     def __init__(self, parts: Mapping[str, int], K: int, stack: Stack, *, bias: bool, dtype: Any):
-        rows, end = [], 0
-        for N in parts.values():
-            start = -(-end // stack.row_alignment) * stack.row_alignment
-            end = start + N
-            rows.append((start, end))
-        self.names, self.rows = tuple(parts), tuple(rows)
+        self.names, self.rows = tuple(parts), fused_rows(parts.values(), stack)
+        end = self.rows[-1][1]
         self.weight = unloaded(len(stack.layers), end, K, dtype=dtype)
         self.bias = unloaded(len(stack.layers), end, dtype=dtype) if bias else None
 
@@ -88,6 +84,31 @@ class FusedLinear(nnx.Module):
         if sum(end - start for start, end in self.rows) == self.weight.get_value().shape[-2]:
             return _linear(self, x, layer, prologue)
         return jnp.concatenate(self(x, layer, prologue), axis=-1)
+
+
+def fused_rows(sizes: Iterable[int], stack: Stack) -> tuple[tuple[int, int], ...]:
+    """The first row of each projection in a fused weight, and the one behind its last."""
+    rows, end = [], 0
+    for N in sizes:
+        start = -(-end // stack.row_alignment) * stack.row_alignment
+        end = start + N
+        rows.append((start, end))
+    return tuple(rows)
+
+
+class ExpertLinear(nnx.Module):
+    """Projections of E experts, fused as in FusedLinear: weight `[L, E, N, K]`."""
+
+    def __init__(self, E: int, parts: Mapping[str, int], K: int, stack: Stack, *, dtype: Any):
+        self.names, self.rows = tuple(parts), fused_rows(parts.values(), stack)
+        self.weight = unloaded(len(stack.layers), E, self.rows[-1][1], K, dtype=dtype)
+
+    def __call__(
+        self, x: Float[Array, "T K"], group_sizes: Int[Array, " E"], layer: Any
+    ) -> list[Float[Array, "T _"]]:
+        """The projections of one layer; x is sorted by expert, see `grouped_matmul`."""
+        y = grouped_matmul(x, self.weight.get_value(), group_sizes, layer=layer)
+        return [y[:, start:end] for start, end in self.rows]
 
 
 class SeparateLinear(nnx.Module):

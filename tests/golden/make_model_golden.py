@@ -274,7 +274,7 @@ CASES: dict[str, tuple[PreTrainedConfig, list[Change]]] = {
     ),
     "gemma/gemma2": (
         Gemma2Config(
-            **ODD,
+            **SMALL | {"hidden_size": 20, "num_attention_heads": 5, "num_key_value_heads": 1},
             head_dim=48,
             rms_norm_eps=1e-6,
             query_pre_attn_scalar=20,
@@ -282,7 +282,7 @@ CASES: dict[str, tuple[PreTrainedConfig, list[Change]]] = {
             attn_logit_softcapping=3.0,
             final_logit_softcapping=5.0,
             rope_parameters=rope(10000.0),
-            **COMMON,
+            **COMMON | {"num_hidden_layers": 4},
         ),
         [
             {"query_pre_attn_scalar": 48},
