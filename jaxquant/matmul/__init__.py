@@ -1,3 +1,4 @@
 """Matrix products with a blocked FP8 weight: one op, several implementations."""
 
 from jaxquant.matmul.api import matmul as matmul
+from jaxquant.matmul.prologue import Prologue as Prologue, RMSNorm as RMSNorm, SiluMul as SiluMul
