@@ -165,9 +165,8 @@ def causal_attention(
         slot = jnp.arange(T)
         mask = _mask(slot, slot[:, None], window)
         grouped = q.reshape(B, T, k.shape[2], -1, D)
-        return _attention("bthgd,bshd->bhgts", "bhgts,bshd->bthgd")(
-            grouped, k, v, mask, scale, softcap
-        ).reshape(q.shape)
+        equations = "bthgd,bshd->bhgts", "bhgts,bshd->bthgd"
+        return _attend(equations, grouped, k, v, mask, scale, softcap).reshape(q.shape)
     left = None if window is None or window >= T else (window - 1, 0)
     attend = functools.partial(
         jax.nn.dot_product_attention, q, k, v, is_causal=True, local_window_size=left, scale=scale
@@ -195,8 +194,9 @@ def cached_attention(
     """
     B, H, S, D = k.shape
     mask = _mask(jnp.arange(S), position[:, None], window)[:, None, None]
-    attend = _attention("bhgd,bhsd->bhgs", "bhgs,bhsd->bhgd")
-    return attend(q.reshape(B, H, -1, D), k, v, mask, scale, softcap).reshape(q.shape)
+    equations = "bhgd,bhsd->bhgs", "bhgs,bhsd->bhgd"
+    grouped = q.reshape(B, H, -1, D)
+    return _attend(equations, grouped, k, v, mask, scale, softcap).reshape(q.shape)
 
 
 def _mask(slot: Array, position: Array, window: int | None) -> Array:
@@ -205,22 +205,25 @@ def _mask(slot: Array, position: Array, window: int | None) -> Array:
     return mask if window is None else mask & (slot > position - window)
 
 
-def _attention(scores: str, values: str) -> Any:
-    """Attention with explicit scores, its two products given as einsum equations."""
-
-    def attend(
-        q: Array, k: Array, v: Array, mask: Array, scale: float | None, softcap: float | None
-    ) -> Array:
-        product = functools.partial(
-            jnp.einsum, precision=_precision(q.dtype), preferred_element_type=jnp.float32
-        )
-        logits = product(scores, q, k) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-        if softcap is not None:
-            logits = softcap * jnp.tanh(logits / softcap)
-        weights = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf), axis=-1)
-        return product(values, weights.astype(v.dtype), v).astype(q.dtype)
-
-    return attend
+def _attend(
+    equations: tuple[str, str],
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array,
+    scale: float | None,
+    softcap: float | None,
+) -> Array:
+    """Attention that makes the scores: `equations` of queries and keys, of weights and values."""
+    product = functools.partial(
+        jnp.einsum, precision=_precision(q.dtype), preferred_element_type=jnp.float32
+    )
+    of_scores, of_values = equations
+    logits = product(of_scores, q, k) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    weights = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf), axis=-1)
+    return product(of_values, weights.astype(v.dtype), v).astype(q.dtype)
 
 
 def _precision(dtype: Any) -> str | None:

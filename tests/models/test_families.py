@@ -319,7 +319,7 @@ def test_stored_blocks_with_rows_of_two_projections_are_refused(tmp_path):
     builders.edit_json(folder / "config.json", quantization_config=stored)
     with pytest.raises(CheckpointError) as caught:
         jq.from_pretrained(folder)
-    assert (
-        f"{folder / 'model.safetensors'}: tensor '{name}_scale_inv' is for blocks of 32 rows, which "
-        "do not divide its parts (wq 240, wk 48, wv 48 rows); start from the BF16 checkpoint"
-    ) == str(caught.value)
+    assert str(caught.value) == (
+        f"{folder / 'model.safetensors'}: tensor '{name}_scale_inv' is for blocks of 32 rows, "
+        "which do not divide its parts (wq 240, wk 48, wv 48 rows); start from the BF16 checkpoint"
+    )
