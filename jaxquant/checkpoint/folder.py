@@ -62,6 +62,7 @@ class CheckpointFolder:
             self._names_of = {file.path: frozenset(file.tensors)}
         self._shard_of = {name: shard for shard, names in self._names_of.items() for name in names}
         self._parts: dict[str, _Part] = {}
+        self._copied: tuple[str, Any] = "", None  # the part that was read last, slab by slab
 
     def split(self, fused: Mapping[str, FusedRows], block: int = 1) -> None:
         """From now on, has the projections of fused modules in place of the whole tensors.
@@ -136,7 +137,7 @@ class CheckpointFolder:
         if part is None:
             return file.tensors[name]
         info = file.tensors[part.whole]
-        shape = part.shape(info)
+        shape = part.shape(info, file.path)
         nbytes = math.prod(shape) * info.dtype.itemsize
         return dataclasses.replace(info, name=name, shape=shape, stop=info.start + nbytes)
 
@@ -148,12 +149,15 @@ class CheckpointFolder:
         file, part = self._file(self.shard_of(name)), self._parts.get(name)
         if part is None:
             return file.read(name)
-        part.shape(file.tensors[part.whole])
-        return part.take(file.read(part.whole))
+        part.shape(file.tensors[part.whole], file.path)
+        if self._copied[0] != name:
+            self._copied = name, part.take(file.read(part.whole))
+        return self._copied[1]
 
     def release(self, name: str) -> None:
         """Tell the kernel that the pages of tensor `name` are not needed soon."""
         whole = self._parts[name].whole if name in self._parts else name
+        self._copied = "", None
         self._file(self.shard_of(name)).release(whole)
 
     def other_files(self) -> list[Path]:
@@ -224,29 +228,30 @@ class _Part:
             tensor = tensor[self.expert[0]]
         return tensor if self.rows is None else self.rows.take(tensor, self.name, self.block)
 
-    def shape(self, info: TensorInfo) -> tuple[int, ...]:
-        """Of the part, given the whole."""
+    def shape(self, info: TensorInfo, path: Path) -> tuple[int, ...]:
+        """Of the part, given the whole and the file that it is in."""
         if self.rows is None:
             return info.shape
         rows, sizes, shape = self.rows, self.rows.parts, info.shape
+        where = f"{path}: tensor {brief(self.whole)}"
         if self.expert is not None:
             if len(shape) != 3 or shape[0] != self.expert[1]:
                 raise CheckpointError(
-                    f"tensor {brief(self.whole)} has shape {list(shape)}; config.json asks for "
-                    f"{self.expert[1]} experts: [{self.expert[1]}, out, in]"
+                    f"{where} has shape {list(shape)}; config.json asks for {self.expert[1]} "
+                    f"experts: [{self.expert[1]}, out, in]"
                 )
             shape = shape[1:]
         want = -(-rows.groups * sum(sizes.values()) // self.block)
         if not shape or shape[0] != want:
             raise CheckpointError(
-                f"tensor {brief(self.whole)} has shape {list(info.shape)}; config.json asks for "
-                f"{want} rows: {', '.join(sizes)}"
+                f"{where} has shape {list(info.shape)}; config.json asks for {want} rows, of "
+                + ", ".join(sizes)
             )
         if not rows.fits(self.block):
             raise CheckpointError(
-                f"tensor {brief(self.whole)}: blocks of {self.block} rows have rows of two of "
-                f"{', '.join(sizes)} ({', '.join(map(str, sizes.values()))} rows); "
-                "start from the BF16 checkpoint"
+                f"{where} is for blocks of {self.block} rows, which do not divide its parts "
+                f"({', '.join(f'{part} {size}' for part, size in sizes.items())} rows); start from "
+                "the BF16 checkpoint"
             )
         return (rows.groups * -(-sizes[self.name] // self.block), *shape[1:])
 

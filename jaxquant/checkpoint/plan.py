@@ -16,6 +16,7 @@ from jaxquant.checkpoint.reader import brief
 from jaxquant.checkpoint.stored import SCALE_SUFFIXES, stored_quantization
 from jaxquant.config import QuantConfig, keeps_module
 from jaxquant.errors import CheckpointError
+from jaxquant.models.fused import FusedRows, whole_name
 from jaxquant.models.hf_config import HFConfig
 from jaxquant.models.registry import EXPERTS, Family, Slot
 from jaxquant.tree import decide
@@ -97,7 +98,7 @@ def make_plan(folder: CheckpointFolder, config: QuantConfig | None) -> Plan:
         _check_kept_modules(folder, config, slots)
     scales = _scale_names(folder, slots)
     skipped = tuple(filter(family.skips, folder.names))
-    _check_names(folder, slots, {*scales.values(), *skipped})
+    _check_names(folder, slots, {*scales.values(), *skipped}, family.fused)
     items = tuple(
         _item(folder, name, slot, config, stored, scales.get(name)) for name, slot in slots.items()
     )
@@ -204,11 +205,16 @@ def _scale_names(folder: CheckpointFolder, names: Iterable[str]) -> dict[str, st
     return found
 
 
-def _check_names(folder: CheckpointFolder, slots: Mapping[str, Slot], others: set[str]) -> None:
+def _check_names(
+    folder: CheckpointFolder,
+    slots: Mapping[str, Slot],
+    others: set[str],
+    fused: Mapping[str, FusedRows],
+) -> None:
     present = set(folder.names)
-    missing = [name for name in slots if name not in present]
+    missing = dict.fromkeys(whole_name(name, fused) for name in slots if name not in present)
     if missing:
-        raise CheckpointError(f"{folder.path}: missing tensors: {_some(missing)}")
+        raise CheckpointError(f"{folder.path}: missing tensors: {_some(list(missing))}")
     tied = set() if "lm_head.weight" in slots else {"lm_head.weight"}  # some store it twice
     unexpected = sorted(
         name for name in present - slots.keys() - others - tied if not _IGNORED.search(name)

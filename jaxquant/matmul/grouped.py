@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int32
 
 from jaxquant.array import QuantizedArray
 from jaxquant.errors import JaxquantError
-from jaxquant.matmul import xla
+from jaxquant.matmul.api import IMPLEMENTATIONS, matmul
 
 # Rows that one step of the reference multiplies, at most: dequantizing a matrix costs about as
 # much as multiplying a few rows by it, so beyond that there is nothing to gain.
@@ -38,7 +38,7 @@ def grouped_matmul(
       group_sizes: `[E]` int32. Rows beyond their sum come out as zeros.
       layer: which of the stack, possibly traced.
       preferred_element_type: dtype of the result; default x's.
-      implementation: forces one of `IMPLEMENTATIONS`; default: the first.
+      implementation: of the products; see `jaxquant.matmul`.
 
     Returns:
       `[T, N]`.
@@ -57,20 +57,24 @@ def grouped_matmul(
             f"allowed: {', '.join(IMPLEMENTATIONS)}"
         )
     out_dtype = jnp.dtype(x.dtype if preferred_element_type is None else preferred_element_type)
-    run = IMPLEMENTATIONS[implementation or next(iter(IMPLEMENTATIONS))]
-    return run(x, w, group_sizes, layer, out_dtype)
+    return _tiled(x, w, group_sizes, layer, out_dtype, implementation)
 
 
 def _tiled(
-    x: Array, w: QuantizedArray | Array, group_sizes: Array, layer: Any, out_dtype: Any
+    x: Array,
+    w: QuantizedArray | Array,
+    group_sizes: Array,
+    layer: Any,
+    out_dtype: Any,
+    implementation: str | None,
 ) -> Array:
-    """The reference: a loop over tiles of rows, each within one group.
+    """A loop over tiles of rows, each within one group.
 
-    Only matrices of groups that have rows are read and dequantized.
+    Only matrices of groups that have rows are read.
     """
     T, E = x.shape[0], group_sizes.shape[0]
     matrices = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[-2:]), w)
-    N = matrices.shape[-2]
+    N = _storage(w).shape[-2]
     if T == 0:
         return jnp.zeros((0, N), out_dtype)
     first = 0 if layer is None else layer * E
@@ -84,8 +88,12 @@ def _tiled(
         start = jnp.minimum(begin, T - tile)  # the last tile may reach back, never beyond the end
         rows = start + jnp.arange(tile)
         mine = (rows >= begin) & (rows < stop[group])
-        product = _matmul(
-            lax.dynamic_slice_in_dim(x, start, tile), matrices, first + group, out_dtype
+        product = matmul(
+            lax.dynamic_slice_in_dim(x, start, tile),
+            matrices,
+            layer=first + group,
+            preferred_element_type=out_dtype,
+            implementation=implementation,
         )
         before = lax.dynamic_slice_in_dim(y, start, tile)
         return lax.dynamic_update_slice_in_dim(
@@ -95,18 +103,13 @@ def _tiled(
     return lax.fori_loop(0, last_tile[-1], step, jnp.zeros((T, N), out_dtype))
 
 
-def _matmul(x: Array, w: QuantizedArray | Array, index: Array, out_dtype: Any) -> Array:
-    if isinstance(w, QuantizedArray):
-        return xla.matmul(x, w, index, out_dtype)
-    return xla.plain_matmul(x, w, index, out_dtype)
-
-
-IMPLEMENTATIONS = {"xla": _tiled}
+def _storage(w: QuantizedArray | Array) -> Array:
+    # K-major, whatever the logical layout.
+    return w.qvalue if isinstance(w, QuantizedArray) else w
 
 
 def _check(x: Any, w: Any, group_sizes: Any, layer: Any) -> None:
-    # The storage is K-major whatever the logical layout, so look at that.
-    shape = w.qvalue.shape if isinstance(w, QuantizedArray) else w.shape
+    shape = _storage(w).shape
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise JaxquantError(f"grouped_matmul: x has dtype {x.dtype}; allowed: a floating dtype")
     if len(shape) != (3 if layer is None else 4):

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from jaxquant.models.attention import Cache
-from jaxquant.models.dense import LayerKind
+from jaxquant.models.dense import LayerKind, read_sizes
 from jaxquant.models.hf_config import HFConfig
 from jaxquant.models.layers import Stack
 from jaxquant.models.mla import MLA, MLAConfig
@@ -35,7 +35,7 @@ class DeepseekV2Config(DeepseekConfig):
         grouped = hf.fields.get("topk_method") == "group_limited_greedy"
         routing = read_routing(
             hf,
-            hf.size("n_routed_experts"),
+            "n_routed_experts",
             normalize=False,
             scale=hf.number("routed_scaling_factor", default=1.0),
             groups=hf.size("n_group") if grouped else 1,
@@ -54,7 +54,7 @@ class DeepseekV3Config(DeepseekConfig):
         hf.require("scoring_func", ("sigmoid",), default="sigmoid")
         routing = read_routing(
             hf,
-            hf.size("n_routed_experts"),
+            "n_routed_experts",
             score="sigmoid",
             normalize=hf.flag("norm_topk_prob", default=True),
             scale=hf.number("routed_scaling_factor", default=2.5),
@@ -70,12 +70,13 @@ def _read(hf: HFConfig, *, interleaved: bool) -> dict[str, Any]:
     """What both have."""
     hf.require("hidden_act", ("silu",), default="silu")
     hf.require("moe_layer_freq", (1,), default=1)
-    heads, L = hf.size("num_attention_heads"), hf.size("num_hidden_layers")
+    sizes: Any = read_sizes(hf)
+    heads, L = sizes["num_heads"], sizes["num_layers"]
     hf.require("num_key_value_heads", (heads, None), default=heads)
     nope, rotated = hf.size("qk_nope_head_dim"), hf.size("qk_rope_head_dim")
     wide, dense = hf.size("moe_intermediate_size"), hf.count("first_k_dense_replace", default=0)
     mla = MLAConfig(
-        hidden_size=hf.size("hidden_size"),
+        hidden_size=sizes["hidden_size"],
         num_heads=heads,
         q_rank=hf.optional_size("q_lora_rank"),
         kv_rank=hf.size("kv_lora_rank"),
@@ -86,16 +87,8 @@ def _read(hf: HFConfig, *, interleaved: bool) -> dict[str, Any]:
         bias=hf.flag("attention_bias", default=False),
     )
     return {
-        "vocab_size": hf.size("vocab_size"),
-        "hidden_size": mla.hidden_size,
-        "intermediate_size": hf.size("intermediate_size"),
-        "num_layers": L,
-        "num_heads": heads,
-        "num_kv_heads": heads,
+        **sizes,
         "head_dim": nope + rotated,
-        "max_position": hf.size("max_position_embeddings"),
-        "rms_norm_eps": hf.number("rms_norm_eps", default=1e-6),
-        "tie_word_embeddings": hf.flag("tie_word_embeddings", default=False),
         "layer_kinds": (LayerKind(hf.rope(rotated, interleaved=interleaved)),) * L,
         "mla": mla,
         "moe_intermediate_size": wide,

@@ -73,17 +73,14 @@ def _layer_kinds(hf: HFConfig, sizes: dict[str, Any], gemma2: bool) -> tuple[Lay
     """Of a pattern of some windowed layers and one that sees all."""
     n, D = sizes["num_layers"], sizes["head_dim"]
     period = 2 if gemma2 else hf.size("sliding_window_pattern", default=6)
-    names = ("sliding_attention", "full_attention")
-    default = tuple(names[(l + 1) % period == 0] for l in range(n))
-    window = hf.optional_size("sliding_window", default=4096)
-    if gemma2:
-        ropes = (hf.rope(D),) * 2
-    else:
-        ropes = _gemma3_ropes(hf, D)
-    kinds: dict[str, LayerKind] = dict(
-        zip(names, map(LayerKind, ropes, (window, None)), strict=True)
-    )
-    return tuple(kinds[kind] for kind in hf.layer_types(n, default=default, allowed=names))
+    local, whole = (hf.rope(D),) * 2 if gemma2 else _gemma3_ropes(hf, D)
+    kinds = {
+        "sliding_attention": LayerKind(local, hf.optional_size("sliding_window", default=4096)),
+        "full_attention": LayerKind(whole),
+    }
+    sliding, full = kinds
+    default = tuple(sliding if (l + 1) % period else full for l in range(n))
+    return tuple(kinds[name] for name in hf.layer_types(n, default=default, allowed=tuple(kinds)))
 
 
 def _gemma3_ropes(hf: HFConfig, head_dim: int) -> tuple[Any, Any]:
@@ -93,8 +90,11 @@ def _gemma3_ropes(hf: HFConfig, head_dim: int) -> tuple[Any, Any]:
     if hf.fields.get("rope_parameters") is None:
         whole, windowed = hf.section("rope_scaling"), HFConfig({}, hf.source)
     else:
-        sections = hf.section("rope_parameters")
-        whole, windowed = map(sections.section, ("full_attention", "sliding_attention"))
+        hf.require("rope_scaling", (None,), default=None)
+        sections, kinds = hf.section("rope_parameters"), ("full_attention", "sliding_attention")
+        if unknown := sections.fields.keys() - set(kinds):
+            raise sections.error(min(unknown), f"only {' and '.join(kinds)}")
+        whole, windowed = map(sections.section, kinds)
     return (
         hf.rope_of(windowed, head_dim, theta=local),
         hf.rope_of(whole, head_dim, theta=theta),

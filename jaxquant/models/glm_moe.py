@@ -26,7 +26,8 @@ class Glm4MoEConfig(MoEConfig):
         dense = hf.count("first_k_dense_replace", default=1)
         routing = read_routing(
             hf,
-            hf.size("n_routed_experts", default=128),
+            "n_routed_experts",
+            default=128,
             score="sigmoid",
             normalize=hf.flag("norm_topk_prob", default=True),
             scale=hf.number("routed_scaling_factor", default=1.0),

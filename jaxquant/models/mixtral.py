@@ -23,7 +23,7 @@ class MixtralConfig(MoEConfig):
         return MixtralConfig(
             **sizes,
             layer_kinds=(kind,) * L,
-            routing=read_routing(hf, hf.size("num_local_experts", default=8)),
+            routing=read_routing(hf, "num_local_experts", default=8),
             moe_intermediate_size=sizes["intermediate_size"],
             is_sparse=(True,) * L,
         )

@@ -94,14 +94,20 @@ class MoEConfig(DenseConfig):
         return dataclasses.replace(self, intermediate_size=self.shared_size)
 
 
-def read_routing(hf: HFConfig, num_experts: int, **options: Any) -> Routing:
+def read_routing(
+    hf: HFConfig, field: str, *, default: int | None = None, **options: Any
+) -> Routing:
     """The routing of config.json, checked.
 
     Args:
       hf: the config.
-      num_experts: of a layer.
+      field: what it calls the number of experts.
+      default: of that.
       **options: the fields of Routing that a family has; `top_k` is read.
     """
+    num_experts = hf.size(field, default=default)
+    if num_experts > _MAX_EXPERTS:
+        raise hf.error(field, f"at most {_MAX_EXPERTS}")
     routing = Routing(num_experts, hf.size("num_experts_per_tok"), **options)
     if num_experts % routing.groups:
         raise hf.error("n_group", f"a divisor of the number of experts ({num_experts})")
@@ -113,6 +119,10 @@ def read_routing(hf: HFConfig, num_experts: int, **options: Any) -> Routing:
     if routing.top_k > in_group * routing.top_groups:
         raise hf.error("num_experts_per_tok", f"at most {in_group * routing.top_groups} experts")
     return routing
+
+
+# No more than any model has: each gets a few names.
+_MAX_EXPERTS = 10_000
 
 
 def apply_experts(

@@ -52,12 +52,14 @@ def _read(
     hf.layer_types(L, default=("full_attention",) * L, allowed=("full_attention",))
     # transformers 5 writes Qwen3's as num_local_experts.
     field = "num_local_experts" if "num_local_experts" in hf.fields else "num_experts"
-    num_experts = hf.size(field, default=num_experts)
     return {
         **sizes,
         "layer_kinds": (LayerKind(hf.rope(sizes["head_dim"])),) * L,
         "routing": read_routing(
-            hf, num_experts, normalize=hf.flag("norm_topk_prob", default=False)
+            hf,
+            field,
+            default=num_experts,
+            normalize=hf.flag("norm_topk_prob", default=False),
         ),
         "moe_intermediate_size": hf.size("moe_intermediate_size", default=moe_intermediate_size),
         "is_sparse": _sparse_layers(hf, L),

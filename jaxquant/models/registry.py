@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -112,9 +113,8 @@ class Family:
 
     def skips(self, name: str) -> bool:
         """Whether a tensor is of a layer that predicts further tokens, which is not loaded."""
-        parts, L = name.split("."), self.cfg.num_layers
-        skipped = range(L, L + getattr(self.cfg, "mtp_layers", 0))
-        return parts[:2] == ["model", "layers"] and parts[2] in map(str, skipped)
+        found, L = re.match(r"model\.layers\.(\d{1,9})\.", name, re.ASCII), self.cfg.num_layers
+        return found is not None and 0 <= int(found[1]) - L < getattr(self.cfg, "mtp_layers", 0)
 
     def abstract_model(self, dtype: Any, stacks: Sequence[Stack] | None = None) -> Any:
         """The model with ShapeDtypeStructs for parameters; see `Decoder`."""

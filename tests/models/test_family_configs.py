@@ -119,6 +119,16 @@ def test_configs_of_older_releases_mean_the_same(case):
             {"rope_parameters": {FULL: {"rope_type": "proportional"}}},
             "rope_parameters: full_attention has rope_type 'proportional'; allowed: default",
         ),
+        (
+            "gemma/gemma3",
+            {"rope_parameters": {"rope_type": "linear", "factor": 8.0}},
+            "rope_parameters: factor is 8.0; allowed: only full_attention and sliding_attention",
+        ),
+        (
+            "gemma/gemma3",
+            {"rope_scaling": {"factor": 8.0}},
+            "rope_scaling is {'factor': 8.0}; allow",
+        ),
         ("phi/phi3", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type is 'longrope'"),
         ("phi/phi3", {**ROPE_SCALING, "rope_scaling": {"type": "su"}}, "type is 'su'; allowed"),
         ("phi/phi3", {**ROPE_SCALING, "rope_scaling": {"type": "yarn"}}, "type is 'yarn'; allowed"),

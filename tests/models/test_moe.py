@@ -100,9 +100,10 @@ def test_a_token_is_dropped_nowhere():
 )
 def test_routing_that_cannot_be_is_named(options, message):
     fields = {
+        "num_experts": E,
         "num_experts_per_tok": 3,
         "n_group": options.get("groups"),
         "topk_group": options.get("top_groups"),
     }
     with pytest.raises(jq.CheckpointError, match=message):
-        read_routing(HFConfig(fields), E, **options)
+        read_routing(HFConfig(fields), "num_experts", **options)
