@@ -22,7 +22,8 @@ from jaxtyping import Array
 import jaxquant as jq
 from jaxquant import generation
 from jaxquant.models.hf_config import HFConfig
-from jaxquant.models.registry import Family, get_param
+from jaxquant.models.layers import Stack
+from jaxquant.models.registry import Family
 from jaxquant.tree import path_name
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,15 +54,14 @@ def build(shape: str, config: jq.QuantConfig | None):
             }
         )
     )
-    segments = None if config else [1] * s["layers"]
-    model = family.abstract_model(jnp.bfloat16, segments)
-    leaves = jax.tree_util.tree_flatten_with_path(model)[0]
+    stacks = None if config else [Stack(range(l, l + 1)) for l in range(s["layers"])]
+    model = family.abstract_model(jnp.bfloat16, stacks)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(model)
+    values = []
     for number, (path, leaf) in enumerate(leaves):
         name, key = path_name(path), jax.random.key(number)
-        get_param(model, name).set_value(
-            _random(key, leaf.shape, "norm" in name, _config(name, config))
-        )
-    return jax.block_until_ready(model)
+        values.append(_random(key, leaf.shape, "norm" in name, _config(name, config)))
+    return jax.block_until_ready(jax.tree_util.tree_unflatten(structure, values))
 
 
 def _config(name: str, config: jq.QuantConfig | None) -> jq.QuantConfig | None:

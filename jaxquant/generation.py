@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32, Int
 
 from jaxquant.errors import JaxquantError
-from jaxquant.models.layers import Cache
+from jaxquant.models.attention import Cache
 
 # Tokens per call into the device, at most; a stream asks for fewer at a time.
 LONGEST_CHUNK = 64

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from jaxquant import blocked
 from jaxquant.array import QuantizedArray
+from jaxquant.blocked import grid_shape
 from jaxquant.checkpoint.folder import CheckpointFolder
 from jaxquant.checkpoint.loader import Tally, row_slabs, tensor_report
 from jaxquant.checkpoint.plan import Item, Plan, make_plan
@@ -21,7 +22,7 @@ from jaxquant.checkpoint.writer import DEFAULT_SHARD_BYTES, TensorSource, write_
 from jaxquant.config import QuantConfig
 from jaxquant.errors import CheckpointError, JaxquantError
 from jaxquant.models.hf_config import HFConfig
-from jaxquant.models.registry import Family, get_param
+from jaxquant.models.registry import Family, places
 from jaxquant.report import QuantReport, TensorReport
 from jaxquant.tree import error_norms, path_name
 
@@ -106,15 +107,11 @@ def save_model(
       **options: of `write_folder`: `max_shard_bytes`, `overwrite`.
     """
     family = Family(HFConfig(hf_config))
-    starts = np.cumsum([0, *(stack.count for stack in module.layers)])
+    slots = family.slots()
     sources, kept = [], []
-    for name, slot in family.slots().items():
-        path, index = slot.path, None
-        if slot.layer is not None:
-            segment = int(np.searchsorted(starts, slot.layer, side="right")) - 1
-            path, index = f"layers/{segment}/{slot.path}", slot.layer - int(starts[segment])
-        value = get_param(module, path).get_value()
-        sources += _array_sources(name, value, index)
+    for name, place in places(module, slots).items():
+        slot, value = slots[name], place.param.get_value()
+        sources += _array_sources(name, value, slot.shape, place.index, place.row)
         if not isinstance(value, QuantizedArray) and _is_linear(name, slot.shape):
             kept.append(name.removesuffix(".weight"))
     dtype = jnp.dtype(module.embed_tokens.weight.get_value().dtype).name
@@ -150,7 +147,8 @@ def save_params(params: Any, directory: str | Path, **options: Any) -> Path:
             scales.append(leaf.scale)
         elif leaf.ndim >= 2:
             kept.append(re.sub(r"\.(weight|kernel)$", "", name))
-        sources += _array_sources(name, leaf, None)
+        stored = leaf.qvalue if isinstance(leaf, QuantizedArray) else leaf
+        sources += _array_sources(name, leaf, tuple(stored.shape))
     if len(configs) > 1:
         which = "; ".join(f"{name}: {c.describe()}" for c, name in configs.items())
         raise JaxquantError(f"one checkpoint has one quantization config, but: {which}")
@@ -204,20 +202,25 @@ def _quantized_sources(
     yield TensorSource(item.name + _SCALE_SUFFIX, np.dtype(np.float32), grid, read_scale)
 
 
-def _array_sources(name: str, value: Any, index: int | None) -> Iterator[TensorSource]:
-    def source(name: str, array: Any) -> TensorSource:
-        shape = array.shape if index is None else array.shape[1:]
+def _array_sources(
+    name: str, value: Any, shape: tuple[int, ...], index: int | None = None, row: int = 0
+) -> Iterator[TensorSource]:
+    """Of an array, stored as `shape`: one of a stack, the rows from `row` on."""
 
+    def source(name: str, array: Any, shape: tuple[int, ...], row: int) -> TensorSource:
         def read() -> np.ndarray:
-            return np.asarray(array if index is None else _take_layer(array, index))
+            whole = np.asarray(array if index is None else _take_layer(array, index))
+            return np.ascontiguousarray(whole[row : row + shape[0]]) if shape else whole
 
-        return TensorSource(name, np.dtype(array.dtype), tuple(shape), read)
+        return TensorSource(name, np.dtype(array.dtype), shape, read)
 
     if isinstance(value, QuantizedArray):
-        yield source(name, value.qvalue)
-        yield source(name + _SCALE_SUFFIX, value.scale)
+        *lead, N, K = shape
+        grid = (*lead, *grid_shape((N, K), value.block_size))
+        yield source(name, value.qvalue, shape, row)
+        yield source(name + _SCALE_SUFFIX, value.scale, grid, row // value.block_size[0])
     else:
-        yield source(name, value)
+        yield source(name, value, shape, row)
 
 
 _take_layer = jax.jit(blocked.take_layer)

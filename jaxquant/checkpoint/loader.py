@@ -25,7 +25,8 @@ from jaxquant.checkpoint.folder import CheckpointFolder
 from jaxquant.checkpoint.plan import Item, Plan
 from jaxquant.config import QuantConfig
 from jaxquant.errors import CheckpointError
-from jaxquant.models.registry import get_param
+from jaxquant.models.layers import Stack
+from jaxquant.models.registry import places
 from jaxquant.report import QuantReport, TensorReport
 from jaxquant.tree import error_norms
 
@@ -52,9 +53,8 @@ def load(
       CheckpointError: NaN or Inf in a tensor, by name.
     """
     dtype = jnp.dtype(dtype)
-    segments = _segments(plan)
-    model = plan.family.abstract_model(dtype, [len(segment) for segment in segments])
-    places = _places(plan, segments)
+    model = plan.family.abstract_model(dtype, _stacks(plan))
+    place_of = places(model, {item.name: item.slot for item in plan.items})
     entries = []
     bar = tqdm(
         total=sum(folder.info(item.name).nbytes for item in plan.items),
@@ -83,20 +83,19 @@ def load(
 
     with bar:
         for item in plan.items:
-            path, index = places[item.name]
-            param = get_param(model, path)
-            value = param.get_value()
+            place = place_of[item.name]
+            value = place.param.get_value()
             if isinstance(value, jax.ShapeDtypeStruct):
                 value = _allocate(value, item.config, dtype)
             for rows, last in row_slabs(item):
-                piece = _read(folder, item, rows, dtype)
+                piece, row = _read(folder, item, rows, dtype), place.row + rows.start
                 value, *outcome = _store(
-                    value, piece, index, rows.start, _numerics(item.config), dtype
+                    value, piece, place.index, row, _numerics(item.config), dtype
                 )
                 queue.append(_Slab(item, outcome, nbytes(piece), last))
                 if len(queue) > _IN_FLIGHT:
                     settle(queue.popleft())
-            param.set_value(value)
+            place.param.set_value(value)
         while queue:
             settle(queue.popleft())
     return model, QuantReport(tuple(entries))
@@ -145,30 +144,30 @@ def row_slabs(item: Item) -> Iterator[tuple[slice, bool]]:
         yield slice(start, min(start + step, rows)), start + step >= rows
 
 
-def _segments(plan: Plan) -> list[range]:
-    """Runs of layers in which the same parameters are quantized: each becomes one stack."""
-    layers = {}
+def _stacks(plan: Plan) -> list[Stack]:
+    """Runs of layers in which the same parameters are quantized."""
+    layers: dict[int, list[Item]] = {}
     for item in plan.items:
         if item.slot.layer is not None:
-            layers.setdefault(item.slot.layer, []).append((item.slot.path, item.config))
-    segments = []
-    for _, run in itertools.groupby(layers, key=layers.__getitem__):
-        run = list(run)
-        segments.append(range(run[0], run[-1] + 1))
-    return segments
+            layers.setdefault(item.slot.layer, []).append(item)
+    alignment = 1 if plan.config is None else plan.config.weight_block_size[0]
+    stacks = []
+    for _, run in itertools.groupby(
+        layers, key=lambda l: [(item.slot.path, item.config) for item in layers[l]]
+    ):
+        first, *others = run
+        numbers = range(first, first + len(others) + 1)
+        stacks.append(Stack(numbers, row_alignment=alignment, separate=_mixed(layers[first])))
+    return stacks
 
 
-def _places(plan: Plan, segments: list[range]) -> dict[str, tuple[str, int | None]]:
-    """Name -> path of the parameter in the model, and index in its stack."""
-    places = {}
-    for item in plan.items:
-        path, layer = item.slot.path, item.slot.layer
-        if layer is None:
-            places[item.name] = (path, None)
-        else:
-            s = next(i for i, segment in enumerate(segments) if layer in segment)
-            places[item.name] = (f"layers/{s}/{path}", layer - segments[s].start)
-    return places
+def _mixed(layer: list[Item]) -> frozenset[str]:
+    """The fused products of which some weights are quantized and some are kept."""
+    configs: dict[str, set] = {}
+    for item in layer:
+        if item.slot.product is not None and len(item.slot.shape) == 2:
+            configs.setdefault(item.slot.product, set()).add(item.config)
+    return frozenset(product for product, found in configs.items() if len(found) > 1)
 
 
 def _read(folder: CheckpointFolder, item: Item, rows: slice, dtype: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Building blocks of decoder-only models: linear, norm, rotary embedding, cached attention."""
+"""Building blocks of decoder-only models: linear, norm, rotary embedding."""
 
 import dataclasses
-import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,22 @@ def unloaded(*shape: int, dtype: Any) -> nnx.Param:
     return nnx.Param(value)
 
 
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Consecutive equal layers, and how their parameters are stored.
+
+    Attributes:
+      layers: their numbers in the model.
+      row_alignment: rows at which a projection may begin in a fused weight: a block's rows.
+      separate: names of fused products that have a weight for each projection here, because only
+        some of these are quantized.
+    """
+
+    layers: range
+    row_alignment: int = 1
+    separate: frozenset[str] = frozenset()
+
+
 class Linear(nnx.Module):
     """`x @ weight^T + bias`, a stack of them: weight `[L, N, K]` K-major, bias `[L, N]` or None."""
 
@@ -29,8 +45,69 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch K"], layer: Any) -> Float[Array, "*batch N"]:
         """Applies the projection of one layer."""
-        y = matmul(x, self.weight.get_value(), layer=layer)
-        return y if self.bias is None else y + self.bias.get_value()[layer]
+        return _linear(self.weight, self.bias, x, layer)
+
+
+class FusedLinear(nnx.Module):
+    """Projections of the same input as one product: their weights stand one below the other.
+
+    Each begins at a multiple of `stack.row_alignment` rows, so that its blocks are its own; the
+    rows between are zeros.
+
+    Attributes:
+      names: of the projections.
+      rows: the first row of each, and the one behind its last.
+    """
+
+    def __init__(self, parts: Mapping[str, int], K: int, stack: Stack, *, bias: bool, dtype: Any):
+        rows, end = [], 0
+        for N in parts.values():
+            start = -(-end // stack.row_alignment) * stack.row_alignment
+            end = start + N
+            rows.append((start, end))
+        self.names, self.rows = tuple(parts), tuple(rows)
+        self.weight = unloaded(len(stack.layers), end, K, dtype=dtype)
+        self.bias = unloaded(len(stack.layers), end, dtype=dtype) if bias else None
+
+    def __call__(self, x: Float[Array, "*batch K"], layer: Any) -> list[Float[Array, "*batch _"]]:
+        """The projections of one layer, in their order."""
+        y = _linear(self.weight, self.bias, x, layer)
+        return [y[..., start:end] for start, end in self.rows]
+
+
+def _linear(weight: nnx.Param, bias: nnx.Param | None, x: Array, layer: Any) -> Array:
+    y = matmul(x, weight.get_value(), layer=layer)
+    return y if bias is None else y + bias.get_value()[layer]
+
+
+class SeparateLinear(nnx.Module):
+    """What a FusedLinear computes, by a Linear for each projection."""
+
+    def __init__(self, parts: Mapping[str, int], K: int, stack: Stack, *, bias: bool, dtype: Any):
+        self.names = tuple(parts)
+        for name, N in parts.items():
+            setattr(self, name, Linear(len(stack.layers), N, K, bias=bias, dtype=dtype))
+
+    def __call__(self, x: Float[Array, "*batch K"], layer: Any) -> list[Float[Array, "*batch _"]]:
+        """The projections of one layer, in their order."""
+        return [getattr(self, name)(x, layer) for name in self.names]
+
+
+def projections(
+    name: str, parts: Mapping[str, int], K: int, stack: Stack, *, bias: bool, dtype: Any
+) -> FusedLinear | SeparateLinear:
+    """Projections of the same input, fused unless `stack` has them separate.
+
+    Args:
+      name: of the product.
+      parts: name -> N of each projection.
+      K: size of the input.
+      stack: the layers.
+      bias: whether they have one.
+      dtype: of parameters.
+    """
+    kind = SeparateLinear if name in stack.separate else FusedLinear
+    return kind(parts, K, stack, bias=bias, dtype=dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -107,73 +184,3 @@ class Rope:
         cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
         x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Cache:
-    """Keys and values of all layers; donate it to the function that extends it.
-
-    Sequences start at slot 0, whatever their length, so but for rounding a result does not depend
-    on the rest of the batch. Heads come before slots, so that a decode step reads each head's in
-    one piece.
-
-    Attributes:
-      k: `[L, B, H, S, D]`, H key/value heads, S slots.
-      v: likewise.
-      lengths: `[B]` int32, how many slots of each sequence are filled.
-    """
-
-    k: Float[Array, "L B H S D"]
-    v: Float[Array, "L B H S D"]
-    lengths: Int[Array, " B"]
-
-    @staticmethod
-    def empty(L: int, B: int, H: int, S: int, D: int, dtype: Any) -> "Cache":
-        """A cache with no filled slots."""
-        shape = (L, B, H, S, D)
-        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((B,), jnp.int32))
-
-
-def causal_attention(
-    q: Float[Array, "B T Hq D"],
-    k: Float[Array, "B T H D"],
-    v: Float[Array, "B T H D"],
-    window: int | None,
-) -> Float[Array, "B T Hq D"]:
-    """Each token attends to itself and those before it, the last `window` of them if given."""
-    left = None if window is None or window >= q.shape[1] else (window - 1, 0)
-    attend = functools.partial(
-        jax.nn.dot_product_attention, q, k, v, is_causal=True, local_window_size=left
-    )
-    # cuDNN's flash attention takes 16-bit inputs and heads of up to 128 in steps of 8.
-    flash = q.dtype != jnp.float32 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    if flash and q.shape[1] > 1 and jax.default_backend() == "gpu":
-        return attend(implementation="cudnn")
-    with jax.default_matmul_precision(_precision(q.dtype)):
-        return attend(implementation="xla")
-
-
-def cached_attention(
-    q: Float[Array, "B 1 Hq D"],
-    k: Float[Array, "B H S D"],
-    v: Float[Array, "B H S D"],
-    position: Int[Array, " B"],
-    window: int | None,
-) -> Float[Array, "B 1 Hq D"]:
-    """The token at `position` of each sequence attends to slots 0 to position, or the last ones."""
-    (B, H, S, D), precision = k.shape, _precision(q.dtype)
-    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-    logits = product("bhgd,bhsd->bhgs", q.reshape(B, H, -1, D), k) / math.sqrt(D)
-    slot, last = jnp.arange(S), position[:, None]
-    mask = slot <= last
-    if window is not None and window < S:
-        mask &= slot > last - window
-    logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return product("bhgs,bhsd->bhgd", weights, v).astype(q.dtype).reshape(q.shape)
-
-
-def _precision(dtype: Any) -> str | None:
-    # float32 means float32: the default precision on accelerators is TF32.
-    return "highest" if dtype == jnp.float32 else None

@@ -1,29 +1,19 @@
 """The Llama family: Llama 2, 3, 3.1, 3.2, Mistral, and what shares their architecture.
 
-Equal layers are stacked and scanned: one layer is compiled, and a kernel can read its weights in
-place from the stack. Layers that differ in what is quantized are in stacks of their own.
+Every layer is `x += attention(norm(x)); x += mlp(norm(x))`, with rotary embedding, grouped-query
+attention and a gated MLP.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax import lax
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float
 
+from jaxquant.models.decoder import Decoder
 from jaxquant.models.hf_config import HFConfig
-from jaxquant.models.layers import (
-    Cache,
-    Linear,
-    RMSNorm,
-    Rope,
-    Table,
-    cached_attention,
-    causal_attention,
-)
+from jaxquant.models.layers import Linear, RMSNorm, Rope, Stack, projections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,175 +64,64 @@ class LlamaConfig:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention of L stacked layers."""
+    """Grouped-query attention of a stack of layers."""
 
-    def __init__(self, cfg: LlamaConfig, L: int, dtype: Any):
+    def __init__(self, cfg: LlamaConfig, stack: Stack, dtype: Any):
+        self.cfg = cfg
         q_size, kv_size = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-        bias = cfg.attention_bias
-        self.q_proj = Linear(L, q_size, cfg.hidden_size, bias=bias, dtype=dtype)
-        self.k_proj = Linear(L, kv_size, cfg.hidden_size, bias=bias, dtype=dtype)
-        self.v_proj = Linear(L, kv_size, cfg.hidden_size, bias=bias, dtype=dtype)
-        self.o_proj = Linear(L, cfg.hidden_size, q_size, bias=bias, dtype=dtype)
+        options: Any = {"bias": cfg.attention_bias, "dtype": dtype}
+        qkv = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv_proj = projections("qkv_proj", qkv, cfg.hidden_size, stack, **options)
+        self.o_proj = Linear(len(stack.layers), cfg.hidden_size, q_size, **options)
 
-    def qkv(
-        self, x: Float[Array, "B T K"], layer: Any, cfg: LlamaConfig, positions: Int[Array, "B T"]
-    ) -> tuple[Array, Array, Array]:
-        """Queries `[B, T, Hq, D]` and keys, rotated, and values `[B, T, H, D]`."""
-
-        def heads(y: Array) -> Array:
-            return y.reshape(*y.shape[:-1], -1, cfg.head_dim)
-
-        q, k, v = (heads(proj(x, layer)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return cfg.rope.rotate(q, positions), cfg.rope.rotate(k, positions), v
+    def __call__(
+        self, x: Float[Array, "B T K"], l: Any, tokens: Any, cache: Any, cache_layer: Any
+    ) -> tuple[Float[Array, "B T K"], Any]:
+        """Applies the attention of one layer; see `Decoder` for `tokens` and `cache`."""
+        cfg = self.cfg
+        heads = (*x.shape[:-1], -1, cfg.head_dim)
+        q, k, v = (y.reshape(heads) for y in self.qkv_proj(x, l))
+        q, k = (cfg.rope.rotate(y, tokens.positions) for y in (q, k))
+        attended, cache = tokens.attend(q, k, v, cache, cache_layer, window=cfg.window)
+        return self.o_proj(attended.reshape(*x.shape[:-1], -1), l), cache
 
 
 class MLP(nnx.Module):
-    """`down(silu(gate(x)) * up(x))` of L stacked layers."""
+    """`down(silu(gate(x)) * up(x))` of a stack of layers."""
 
-    def __init__(self, cfg: LlamaConfig, L: int, dtype: Any):
-        wide, narrow, bias = cfg.intermediate_size, cfg.hidden_size, cfg.mlp_bias
-        self.gate_proj = Linear(L, wide, narrow, bias=bias, dtype=dtype)
-        self.up_proj = Linear(L, wide, narrow, bias=bias, dtype=dtype)
-        self.down_proj = Linear(L, narrow, wide, bias=bias, dtype=dtype)
+    def __init__(self, cfg: LlamaConfig, stack: Stack, dtype: Any):
+        wide, narrow = cfg.intermediate_size, cfg.hidden_size
+        options: Any = {"bias": cfg.mlp_bias, "dtype": dtype}
+        gate_up = {"gate_proj": wide, "up_proj": wide}
+        self.gate_up_proj = projections("gate_up_proj", gate_up, narrow, stack, **options)
+        self.down_proj = Linear(len(stack.layers), narrow, wide, **options)
 
-    def __call__(self, x: Float[Array, "B T K"], layer: Any) -> Float[Array, "B T K"]:
+    def __call__(self, x: Float[Array, "B T K"], l: Any) -> Float[Array, "B T K"]:
         """Applies the MLP of one layer."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x, layer)) * self.up_proj(x, layer), layer)
+        gate, up = self.gate_up_proj(x, l)
+        return self.down_proj(jax.nn.silu(gate) * up, l)
 
 
 class Layers(nnx.Module):
-    """L equal layers."""
+    """A stack of equal layers."""
 
-    def __init__(self, cfg: LlamaConfig, L: int, dtype: Any):
-        self.count = L
-        eps = cfg.rms_norm_eps
+    def __init__(self, cfg: LlamaConfig, stack: Stack, dtype: Any):
+        L, eps = len(stack.layers), cfg.rms_norm_eps
         self.input_layernorm = RMSNorm(L, cfg.hidden_size, eps=eps, dtype=dtype)
-        self.self_attn = Attention(cfg, L, dtype)
+        self.self_attn = Attention(cfg, stack, dtype)
         self.post_attention_layernorm = RMSNorm(L, cfg.hidden_size, eps=eps, dtype=dtype)
-        self.mlp = MLP(cfg, L, dtype)
+        self.mlp = MLP(cfg, stack, dtype)
 
-    def attention_inputs(
-        self, x: Float[Array, "B T K"], layer: Any, cfg: LlamaConfig, positions: Int[Array, "B T"]
-    ) -> tuple[Array, Array, Array]:
-        """Norm, then queries, keys and values."""
-        return self.self_attn.qkv(self.input_layernorm(x, layer), layer, cfg, positions)
-
-    def finish(
-        self, x: Float[Array, "B T K"], attended: Array, layer: Any
-    ) -> Float[Array, "B T K"]:
-        """Output projection and MLP, each added to the residual stream."""
-        x = x + self.self_attn.o_proj(attended.reshape(*x.shape[:-1], -1), layer)
-        return x + self.mlp(self.post_attention_layernorm(x, layer), layer)
+    def __call__(
+        self, x: Float[Array, "B T K"], l: Any, tokens: Any, cache: Any, cache_layer: Any
+    ) -> tuple[Float[Array, "B T K"], Any]:
+        """Applies one layer; see `Decoder`."""
+        y, cache = self.self_attn(self.input_layernorm(x, l), l, tokens, cache, cache_layer)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x, l), l), cache
 
 
-class Llama(nnx.Module):
-    """The decoder. Parameters are ShapeDtypeStructs until they are loaded.
+class Llama(Decoder):
+    """A decoder of such layers."""
 
-    Args:
-      cfg: the sizes.
-      dtype: of parameters and activations.
-      segments: how many consecutive layers each stack holds; default one stack of all.
-    """
-
-    def __init__(self, cfg: LlamaConfig, dtype: Any, segments: Sequence[int] | None = None):
-        self.cfg = cfg
-        self.embed_tokens = Table(cfg.vocab_size, cfg.hidden_size, dtype)
-        self.layers = nnx.List([Layers(cfg, L, dtype) for L in segments or (cfg.num_layers,)])
-        self.norm = RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps, dtype=dtype)
-        self.lm_head = (
-            None if cfg.tie_word_embeddings else Table(cfg.vocab_size, cfg.hidden_size, dtype)
-        )
-
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float32[Array, "B T V"]:
-        """Logits of every token, without a cache."""
-        cfg, positions = self.cfg, _positions(tokens)
-        x = self.embed_tokens.embed(tokens)
-        for stack in self.layers:
-
-            def layer(x: Array, l: Array, stack: Layers = stack) -> tuple[Array, None]:
-                q, k, v = stack.attention_inputs(x, l, cfg, positions)
-                return stack.finish(x, causal_attention(q, k, v, cfg.window), l), None
-
-            x, _ = lax.scan(layer, x, jnp.arange(stack.count))
-        return self.head(x)
-
-    def prefill(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Cache
-    ) -> tuple[Float32[Array, "B V"], Cache]:
-        """Fills an empty cache with prompts.
-
-        Args:
-          tokens: the prompts, padded on the right.
-          lengths: their lengths, 1 to T.
-          cache: at least T slots.
-
-        Returns:
-          Logits of the last token of each prompt, and the cache.
-        """
-        cfg, positions = self.cfg, _positions(tokens)
-
-        def attend(q: Array, k: Array, v: Array, cache: Cache, l: Array) -> tuple[Array, Cache]:
-            cache = dataclasses.replace(
-                cache,
-                k=lax.dynamic_update_slice(cache.k, k.swapaxes(1, 2)[None], (l, 0, 0, 0, 0)),
-                v=lax.dynamic_update_slice(cache.v, v.swapaxes(1, 2)[None], (l, 0, 0, 0, 0)),
-            )
-            return causal_attention(q, k, v, cfg.window), cache
-
-        x, cache = self._cached_layers(tokens, positions, cache, attend)
-        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return self.head(last), dataclasses.replace(cache, lengths=lengths)
-
-    def decode(self, tokens: Int[Array, " B"], cache: Cache) -> tuple[Float32[Array, "B V"], Cache]:
-        """Appends one token to each sequence; the cache must have a slot for it.
-
-        Returns:
-          Logits of these tokens, and the cache.
-        """
-        cfg, position = self.cfg, cache.lengths
-        rows = jnp.arange(tokens.shape[0])
-
-        def attend(q: Array, k: Array, v: Array, cache: Cache, l: Array) -> tuple[Array, Cache]:
-            cache = dataclasses.replace(
-                cache,
-                k=cache.k.at[l, rows, :, position].set(k[:, 0]),
-                v=cache.v.at[l, rows, :, position].set(v[:, 0]),
-            )
-            out = cached_attention(q, cache.k[l], cache.v[l], position, cfg.window)
-            return out, cache
-
-        x, cache = self._cached_layers(tokens[:, None], position[:, None], cache, attend)
-        return self.head(x[:, 0]), dataclasses.replace(cache, lengths=position + 1)
-
-    def _cached_layers(
-        self, tokens: Array, positions: Array, cache: Cache, attend: Any
-    ) -> tuple[Float[Array, "B T K"], Cache]:
-        # The cache is carried and written in place; as a scanned input it would be copied.
-        cfg, first = self.cfg, 0
-        carry = self.embed_tokens.embed(tokens), cache
-        for stack in self.layers:
-
-            def layer(
-                carry: tuple[Array, Cache], l: Array, stack: Layers = stack, first: int = first
-            ) -> tuple[tuple[Array, Cache], None]:
-                x, cache = carry
-                q, k, v = stack.attention_inputs(x, l, cfg, positions)
-                attended, cache = attend(q, k, v, cache, first + l)
-                return (stack.finish(x, attended, l), cache), None
-
-            carry, _ = lax.scan(layer, carry, jnp.arange(stack.count))
-            first += stack.count
-        return carry
-
-    def head(self, x: Float[Array, "*batch K"]) -> Float32[Array, "*batch V"]:
-        """Final norm and logits in float32."""
-        return (self.lm_head or self.embed_tokens).logits(self.norm(x))
-
-    def empty_cache(self, B: int, S: int) -> Cache:
-        """A cache for B sequences of up to S tokens."""
-        cfg, dtype = self.cfg, self.embed_tokens.weight.get_value().dtype
-        return Cache.empty(cfg.num_layers, B, cfg.num_kv_heads, S, cfg.head_dim, dtype)
-
-
-def _positions(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    layers_type = Layers

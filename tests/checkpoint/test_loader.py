@@ -20,7 +20,7 @@ import jaxquant as jq
 from jaxquant.array import QuantizedArray
 from jaxquant.errors import CheckpointError, JaxquantError
 from jaxquant.models.hf_config import HFConfig
-from jaxquant.models.registry import Family, get_param
+from jaxquant.models.registry import Family, places
 
 CONFIG = jq.QuantConfig(weight_block_size=builders.BLOCKS)
 QUANTIZATION = {
@@ -44,18 +44,19 @@ def source(tmp_path, weights):
 
 def parameters(model):
     """Checkpoint name -> numpy array, or (qvalue, scale)."""
-    starts = np.cumsum([0, *(stack.count for stack in model.module.layers)])
-    result = {}
-    for name, slot in Family(HFConfig(model.hf_config)).slots().items():
-        path, index = slot.path, ...
-        if slot.layer is not None:
-            segment = int(np.searchsorted(starts, slot.layer, side="right")) - 1
-            path, index = f"layers/{segment}/{slot.path}", slot.layer - starts[segment]
-        value = get_param(model.module, path).get_value()
+    slots, result = Family(HFConfig(model.hf_config)).slots(), {}
+    for name, place in places(model.module, slots).items():
+        value, index = place.param.get_value(), ... if place.index is None else place.index
+        N = slots[name].shape[0]
+
+        def rows(array, start=place.row, N=N, index=index):
+            return np.asarray(array)[index][start : start + N]
+
         if isinstance(value, QuantizedArray):
-            result[name] = np.asarray(value.qvalue)[index], np.asarray(value.scale)[index]
+            bo = value.block_size[0]
+            result[name] = rows(value.qvalue), rows(value.scale, place.row // bo, -(-N // bo))
         else:
-            result[name] = np.asarray(value)[index]
+            result[name] = rows(value)
     return result
 
 
@@ -143,7 +144,7 @@ class TestOnlineQuantization:
     def test_dtype_is_that_of_what_is_kept_and_computed(self, source):
         model = jq.from_pretrained(source, CONFIG, "float16")
         assert model.module.norm.weight.get_value().dtype == jnp.float16
-        down = get_param(model.module, "layers/0/mlp/down_proj/weight").get_value()
+        down = model.module.layers[0].mlp.down_proj.weight.get_value()
         assert down.dtype == jnp.float16
         assert down.scale.dtype == jnp.float32
 
@@ -319,7 +320,7 @@ class TestStoredFP8:
         config = json.loads((tmp_path / "again" / "config.json").read_text())
         kept = config["quantization_config"]["modules_to_not_convert"]
         assert kept == [
-            *(f"model.layers.1.mlp.{name}_proj" for name in ("down", "gate", "up")),
+            *(f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")),
             "lm_head",
         ]
 

@@ -11,7 +11,6 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.models.hf_config import HFConfig
-from jaxquant.models.registry import get_param
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llama"
 CASES = sorted(path.name for path in GOLDEN.iterdir())
@@ -121,6 +120,7 @@ def test_fp8_is_close_and_different(golden, activation_scheme):
     [
         ([], [3]),
         (["model.layers.0.mlp.down_proj"], [1, 2]),
+        (["model.layers.0.mlp.up_proj", "model.layers.2.self_attn.k_proj"], [1, 1, 1]),
     ],
 )
 def test_layers_that_differ_in_what_is_quantized(tmp_path, kept, segments):
@@ -145,7 +145,7 @@ def test_layers_that_differ_in_what_is_quantized(tmp_path, kept, segments):
     plain = builders.checkpoint(tmp_path / "rounded", rounded, num_hidden_layers=3)
     model = jq.from_pretrained(source, config, dtype=jnp.float32)
     reference = jq.from_pretrained(plain, dtype=jnp.float32)
-    assert [stack.count for stack in model.module.layers] == segments
+    assert [len(stack.layers) for stack in model.module.stacks] == segments
     quantized = {t.path.replace("/", ".") for t in model.report.quantized}
     assert quantized == {name for name in weights if not is_kept(name)}
     tokens = np.arange(24, dtype=np.int32)[None]
@@ -160,6 +160,6 @@ def test_parameters_are_shapes_until_they_are_loaded(golden):
 
     config = json.loads((GOLDEN / "llama2" / "config.json").read_text())
     module = Llama(LlamaConfig.from_hf(HFConfig(config)), jnp.bfloat16)
-    weight = get_param(module, "layers/0/mlp/down_proj/weight").get_value()
+    weight = module.layers[0].mlp.down_proj.weight.get_value()
     assert (weight.shape, weight.dtype) == ((2, 64, 176), jnp.bfloat16)
     assert not hasattr(weight, "devices")
