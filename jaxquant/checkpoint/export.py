@@ -1,30 +1,32 @@
 """Writing FP8 checkpoints: a BF16 one quantized as a stream, a loaded model, a parameter tree."""
 
+import collections
+import contextlib
 import dataclasses
-import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
+import jaxquant
 from jaxquant import blocked
 from jaxquant.array import QuantizedArray
 from jaxquant.blocked import grid_shape
 from jaxquant.checkpoint.folder import CheckpointFolder
-from jaxquant.checkpoint.loader import Tally, row_slabs, tensor_report
 from jaxquant.checkpoint.plan import Item, Plan, make_plan
+from jaxquant.checkpoint.progress import Progress
+from jaxquant.checkpoint.stream import Slab, stream
 from jaxquant.checkpoint.writer import DEFAULT_SHARD_BYTES, TensorSource, write_folder
 from jaxquant.config import QuantConfig
 from jaxquant.errors import CheckpointError, JaxquantError
 from jaxquant.models.hf_config import HFConfig
 from jaxquant.models.registry import Family, places
 from jaxquant.report import QuantReport, TensorReport
-from jaxquant.tree import error_norms, path_name
+from jaxquant.tree import path_name
 
 _SCALE_SUFFIX = "_scale_inv"  # DeepSeek's name; the scale is a multiplier all the same
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
@@ -37,9 +39,10 @@ def quantize_checkpoint(
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
+    resume: bool = False,
     progress: bool | None = None,
 ) -> QuantReport:
-    """Quantizes a checkpoint on disk to blocked FP8, one tensor at a time.
+    """Quantizes a checkpoint on disk to blocked FP8, as a stream.
 
     The result holds the bytes that loading with the same config gives, in the layout that
     transformers, vLLM and SGLang read; of these, transformers is known to ask for weights that
@@ -51,7 +54,12 @@ def quantize_checkpoint(
       config: default `QuantConfig()`.
       max_shard_bytes: per safetensors file.
       overwrite: replace what is at `directory`.
+      resume: keep the shards that an earlier run of the same export finished before it was killed
+        or failed; if this one fails, keep its own for the next. The bytes are those of one run.
       progress: whether to show a bar; None shows it on a terminal.
+
+    Returns:
+      The report of the tensors that this run quantized.
 
     Raises:
       CheckpointError: a source that cannot be quantized, a full disk, NaN or Inf, by name.
@@ -61,31 +69,22 @@ def quantize_checkpoint(
         plan = make_plan(folder, config)
         if plan.stored:
             raise CheckpointError(f"{folder.path}: the checkpoint is FP8 already; copy it instead")
-        entries: list[TensorReport] = []
-        sources = [s for item in plan.items for s in _quantized_sources(folder, item, entries)]
-        sizes = {item.name: folder.info(item.name).nbytes for item in plan.items}
-        with tqdm(
-            total=sum(sizes.values()),
-            unit="B",
-            unit_scale=True,
-            desc=f"Quantizing {folder.path.name}",
-            disable=None if progress is None else not progress,
-            leave=False,
-        ) as bar:
-
-            def advance(source: TensorSource) -> None:
-                bar.update(sizes.get(source.name, 0))
-
+        total = sum(folder.info(item.name).nbytes for item in plan.items)
+        with (
+            Progress(f"Quantizing {folder.path.name}", total, progress) as bar,
+            contextlib.closing(_Tensors(folder, plan.items, bar)) as tensors,
+        ):
             write_folder(
                 directory,
-                sources,
+                [s for item in plan.items for s in _quantized_sources(folder, item, tensors)],
                 config=_with_quantization(folder.config, config, _kept(plan)),
                 files=folder.other_files(),
                 max_shard_bytes=max_shard_bytes,
                 overwrite=overwrite,
-                on_tensor=advance,
+                job=_job(folder),
+                resume=resume,
             )
-    return QuantReport(tuple(entries))
+            return QuantReport(tuple(tensors.entries), bar.timing())
 
 
 def save_model(
@@ -160,46 +159,69 @@ def save_params(params: Any, directory: str | Path, **options: Any) -> Path:
     return write_folder(directory, sources, config=config, **options)
 
 
+class _Tensors:
+    """The tensors of an export, from whichever is asked for first to the last one.
+
+    Earlier ones are in shards that an earlier run finished.
+    """
+
+    def __init__(self, folder: CheckpointFolder, items: Sequence[Item], progress: Progress):
+        self.entries: list[TensorReport] = []
+        self._folder, self._items, self._progress = folder, items, progress
+        self._slabs: Generator[Slab] | None = None
+
+    def slabs(self, item: Item) -> Iterator[Slab]:
+        """The slabs of a tensor; later ones than the last that was asked for."""
+        if self._slabs is None:
+            first = self._items.index(item)
+            done = sum(self._folder.info(i.name).nbytes for i in self._items[:first])
+            self._progress.skip(done)
+            self._slabs = stream(self._folder, self._items[first:], None, self._progress)
+        for slab in self._slabs:
+            assert slab.item is item
+            yield slab
+            if slab.report is not None:
+                self.entries.append(slab.report)
+                return
+
+    def close(self) -> None:
+        """Ends the stream."""
+        if self._slabs is not None:
+            self._slabs.close()
+
+
 def _quantized_sources(
-    folder: CheckpointFolder, item: Item, entries: list[TensorReport]
+    folder: CheckpointFolder, item: Item, tensors: _Tensors
 ) -> Iterator[TensorSource]:
     info = folder.info(item.name)
-
-    def done(error: float | None) -> None:
-        entries.append(tensor_report(folder, item, info.dtype, error))
-        folder.release(item.name)
-
     if item.config is None:
-
-        def read_plain() -> np.ndarray:
-            w = folder.read(item.name)
-            _check_finite(folder, item, bool(_is_finite(w)))
-            done(None)
-            return w
-
-        yield TensorSource(item.name, info.dtype, info.shape, read_plain)
+        yield TensorSource(
+            item.name, info.dtype, info.shape, lambda: (s.value for s in tensors.slabs(item))
+        )
         return
-    config = item.config.numerics()
     scales: list[np.ndarray] = []
 
-    def read_qvalue() -> np.ndarray:
-        w, tally, qvalues = folder.read(item.name), Tally(), []
-        for rows, _ in row_slabs(item):
-            qa, *outcome = _quantize(w[rows], config)
-            tally.add(*outcome)
-            qvalues.append(np.asarray(qa.qvalue))
-            scales.append(np.asarray(qa.scale))
-        _check_finite(folder, item, tally.finite)
-        done(tally.relative_error())
-        return np.concatenate(qvalues)
-
-    yield TensorSource(item.name, config.fmt_dtype, info.shape, read_qvalue)
-    grid = blocked.grid_shape(info.shape, config.weight_block_size)
+    def read_qvalue() -> Iterator[Any]:
+        for slab in tensors.slabs(item):
+            scales.append(np.asarray(slab.value.scale))
+            yield slab.value.qvalue
 
     def read_scale() -> np.ndarray:
+        if not scales:  # the values are in a shard that an earlier run finished
+            collections.deque(read_qvalue(), maxlen=0)
         return np.concatenate(scales)
 
+    grid = grid_shape(info.shape, item.config.weight_block_size)
+    yield TensorSource(item.name, item.config.fmt_dtype, info.shape, read_qvalue)
     yield TensorSource(item.name + _SCALE_SUFFIX, np.dtype(np.float32), grid, read_scale)
+
+
+def _job(folder: CheckpointFolder) -> str:
+    """What the bytes of an export follow from, besides its names, shapes and config."""
+    sizes = [
+        (shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in folder.shards
+    ]
+    return f"{jaxquant.__version__} {sizes}"
 
 
 def _array_sources(
@@ -224,22 +246,6 @@ def _array_sources(
 
 
 _take_layer = jax.jit(blocked.take_layer)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _quantize(w: jax.Array, config: QuantConfig) -> tuple[QuantizedArray, Any, Any, Any]:
-    qa = blocked.quantize(w, config)
-    return qa, jnp.isfinite(qa.scale).all(), *error_norms(w, qa)
-
-
-@jax.jit
-def _is_finite(w: jax.Array) -> jax.Array:
-    return jnp.isfinite(w).all()
-
-
-def _check_finite(folder: CheckpointFolder, item: Item, finite: bool) -> None:
-    if not finite:
-        raise CheckpointError(f"{folder.shard_of(item.name)}: tensor {item.name} holds NaN or Inf")
 
 
 def _kept(plan: Plan) -> list[str]:

@@ -99,9 +99,9 @@ class CheckpointFolder:
         """Return tensor `name` as a read-only view of its memory-mapped shard."""
         return self._file(self.shard_of(name)).read(name)
 
-    def release(self, name: str) -> None:
-        """Tell the kernel that the pages of tensor `name` are not needed soon."""
-        self._file(self.shard_of(name)).release(name)
+    def read_rows(self, name: str, rows: slice) -> np.ndarray:
+        """Return rows of tensor `name`, read into memory of their own."""
+        return self._file(self.shard_of(name)).read_rows(name, rows)
 
     def other_files(self) -> list[Path]:
         """Return the files that an export carries over, sorted by name.
@@ -112,7 +112,9 @@ class CheckpointFolder:
         return sorted(path for path in self.path.iterdir() if _is_carried(path))
 
     def close(self) -> None:
-        """Let go of the memory maps; tensors already read stay valid, a later read maps anew."""
+        """Let go of the files; tensors already read stay valid, a later read opens anew."""
+        for file in self._files.values():
+            file.close()
         self._files.clear()
 
     def __enter__(self) -> Self:

@@ -115,10 +115,10 @@ class TestOnlineQuantization:
         assert_equal(parameters(model), quantized(weights, CONFIG))
 
     def test_tensors_of_several_slabs(self, monkeypatch, source, weights):
-        from jaxquant.checkpoint import loader
+        from jaxquant.checkpoint import stream
 
         whole = jq.from_pretrained(source, CONFIG)
-        monkeypatch.setattr(loader, "SLAB_ELEMENTS", BLOCK * 64)
+        monkeypatch.setattr(stream, "lanes", lambda: stream.Lanes(3, BLOCK * 64))
         slabs = jq.from_pretrained(source, CONFIG)
         assert_equal(parameters(slabs), quantized(weights, CONFIG))
         for a, b in zip(whole.report.tensors, slabs.report.tensors, strict=True):

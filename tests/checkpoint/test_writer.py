@@ -315,7 +315,7 @@ def test_errors_of_the_caller_pass_through_and_leave_nothing(tmp_path, error, wh
 def test_what_does_not_read_back_is_not_kept(tmp_path):
     def spoil(s: TensorSource) -> None:
         (partial,) = tmp_path.iterdir()
-        with (partial / "model.safetensors").open("r+b") as file:
+        with (partial / "model.safetensors.unfinished").open("r+b") as file:
             content = file.read().replace(b'"F32"', b'"I32"')
             file.seek(0)
             file.write(content)
@@ -380,7 +380,7 @@ def test_a_kill_leaves_the_destination_as_it_was(tmp_path, moment, existing):
     result = run(KILLS[moment], out)
     assert result.returncode == -signal.SIGKILL, result.stderr
     (partial,) = (path for path in tmp_path.iterdir() if path != out)
-    assert partial.name.startswith(".out.partial-")
+    assert partial.name == ".out.jaxquant-partial"
     assert not (partial / "config.json").exists()
     with pytest.raises(CheckpointError):
         CheckpointFolder(partial).tensors  # noqa: B018
