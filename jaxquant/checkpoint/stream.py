@@ -166,7 +166,8 @@ def _convert(piece: Any, config: QuantConfig | None, dtype: Any) -> tuple[Any, j
 
 
 def _all_finite(x: jax.Array) -> jax.Array:
-    return jnp.isfinite(x).all().astype(jnp.float32)
+    # 0 * x is NaN exactly where x is not finite; XLA:CPU vectorizes sums, unlike `all`.
+    return jnp.isfinite(jnp.sum(0 * x.astype(jnp.float32))).astype(jnp.float32)
 
 
 class _Tally:
