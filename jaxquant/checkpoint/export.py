@@ -72,11 +72,11 @@ def quantize_checkpoint(
         total = sum(folder.info(item.name).nbytes for item in plan.items)
         with (
             Progress(f"Quantizing {folder.path.name}", total, progress) as bar,
-            contextlib.closing(_Tensors(folder, plan.items, bar)) as tensors,
+            contextlib.closing(QuantizedTensors(folder, plan.items, bar)) as tensors,
         ):
             write_folder(
                 directory,
-                [s for item in plan.items for s in _quantized_sources(folder, item, tensors)],
+                tensors.sources(),
                 config=_with_quantization(folder.config, config, _kept(plan)),
                 files=folder.other_files(),
                 max_shard_bytes=max_shard_bytes,
@@ -159,61 +159,64 @@ def save_params(params: Any, directory: str | Path, **options: Any) -> Path:
     return write_folder(directory, sources, config=config, **options)
 
 
-class _Tensors:
-    """The tensors of an export, from whichever is asked for first to the last one.
+class QuantizedTensors:
+    """The tensors of a checkpoint as they are exported: quantized as a plan says, as a stream.
 
-    Earlier ones are in shards that an earlier run finished.
+    The stream begins at the tensor that is read first, and goes on in order: those before it are
+    in shards that an earlier run finished.
+
+    Attributes:
+      entries: reports of what was read.
     """
 
     def __init__(self, folder: CheckpointFolder, items: Sequence[Item], progress: Progress):
         self.entries: list[TensorReport] = []
         self._folder, self._items, self._progress = folder, items, progress
-        self._slabs: Generator[Slab] | None = None
+        self._stream: Generator[Slab] | None = None
 
-    def slabs(self, item: Item) -> Iterator[Slab]:
-        """The slabs of a tensor; later ones than the last that was asked for."""
-        if self._slabs is None:
+    def sources(self) -> list[TensorSource]:
+        """All tensors; scales follow their weights."""
+        return [source for item in self._items for source in self._sources(item)]
+
+    def close(self) -> None:
+        """Ends the stream."""
+        if self._stream is not None:
+            self._stream.close()
+
+    def _slabs(self, item: Item) -> Iterator[Slab]:
+        if self._stream is None:
             first = self._items.index(item)
-            done = sum(self._folder.info(i.name).nbytes for i in self._items[:first])
-            self._progress.skip(done)
-            self._slabs = stream(self._folder, self._items[first:], None, self._progress)
-        for slab in self._slabs:
+            self._progress.skip(sum(self._folder.info(i.name).nbytes for i in self._items[:first]))
+            self._stream = stream(self._folder, self._items[first:], None, self._progress)
+        for slab in self._stream:
             assert slab.item is item
             yield slab
             if slab.report is not None:
                 self.entries.append(slab.report)
                 return
 
-    def close(self) -> None:
-        """Ends the stream."""
-        if self._slabs is not None:
-            self._slabs.close()
+    def _sources(self, item: Item) -> Iterator[TensorSource]:
+        info = self._folder.info(item.name)
+        if item.config is None:
+            yield TensorSource(
+                item.name, info.dtype, info.shape, lambda: (s.value for s in self._slabs(item))
+            )
+            return
+        scales: list[np.ndarray] = []
 
+        def read_qvalue() -> Iterator[Any]:
+            for slab in self._slabs(item):
+                scales.append(np.asarray(slab.value.scale))
+                yield slab.value.qvalue
 
-def _quantized_sources(
-    folder: CheckpointFolder, item: Item, tensors: _Tensors
-) -> Iterator[TensorSource]:
-    info = folder.info(item.name)
-    if item.config is None:
-        yield TensorSource(
-            item.name, info.dtype, info.shape, lambda: (s.value for s in tensors.slabs(item))
-        )
-        return
-    scales: list[np.ndarray] = []
+        def read_scale() -> np.ndarray:
+            if not scales:  # the values are in a shard that an earlier run finished
+                collections.deque(read_qvalue(), maxlen=0)
+            return np.concatenate(scales)
 
-    def read_qvalue() -> Iterator[Any]:
-        for slab in tensors.slabs(item):
-            scales.append(np.asarray(slab.value.scale))
-            yield slab.value.qvalue
-
-    def read_scale() -> np.ndarray:
-        if not scales:  # the values are in a shard that an earlier run finished
-            collections.deque(read_qvalue(), maxlen=0)
-        return np.concatenate(scales)
-
-    grid = grid_shape(info.shape, item.config.weight_block_size)
-    yield TensorSource(item.name, item.config.fmt_dtype, info.shape, read_qvalue)
-    yield TensorSource(item.name + _SCALE_SUFFIX, np.dtype(np.float32), grid, read_scale)
+        grid = grid_shape(info.shape, item.config.weight_block_size)
+        yield TensorSource(item.name, item.config.fmt_dtype, info.shape, read_qvalue)
+        yield TensorSource(item.name + _SCALE_SUFFIX, np.dtype(np.float32), grid, read_scale)
 
 
 def _job(folder: CheckpointFolder) -> str:

@@ -61,6 +61,12 @@ class TensorSource:
         """The size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def pieces(self) -> Iterator[np.ndarray]:
+        """The tensor, in one piece or in those that `read` gives."""
+        # What `read` returns lives in this expression alone, and is gone before the next is made.
+        values = self.read()
+        return map(np.asarray, values if isinstance(values, Iterator) else iter((values,)))
+
 
 @dataclass(frozen=True)
 class _Shard:
@@ -369,7 +375,7 @@ def _write_tensor(
     file: FileIO, info: TensorInfo, source: TensorSource, disk: "_DiskErrors", syncer: "_Syncer"
 ) -> None:
     offset, rows = info.start, 0
-    for piece in _pieces(source):
+    for piece in source.pieces():
         rows += piece.shape[0] if piece.ndim else 0
         if piece.dtype != info.dtype or piece.shape[1:] != info.shape[1:]:
             raise _another(info, piece.dtype, piece.shape)
@@ -382,12 +388,6 @@ def _write_tensor(
         syncer.wrote(piece.nbytes)
     if offset != info.stop:
         raise _another(info, info.dtype, (rows, *info.shape[1:]))
-
-
-def _pieces(source: TensorSource) -> Iterator[np.ndarray]:
-    # What `read` returns lives in this expression alone, and is gone before the next is made.
-    values = source.read()
-    return map(np.asarray, values if isinstance(values, Iterator) else iter((values,)))
 
 
 def _another(info: TensorInfo, dtype: np.dtype, shape: tuple[int, ...]) -> CheckpointError:
