@@ -13,6 +13,7 @@ can go on from there; what remains of a run that nobody continues is removed by 
 import ctypes
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -130,8 +131,8 @@ def write_folder(
     for shard in shards:
         digest.update(shard.header)
     with _partial_folder(directory, digest.hexdigest(), resume, disk) as partial:
-        finished = {s.file_name for s in shards if _is_finished(partial / s.file_name, s)}
-        rest = [shard for shard in shards if shard.file_name not in finished]
+        # In order: tensors come as a stream, from the first that is missing to the last.
+        rest = list(itertools.dropwhile(lambda s: _is_finished(partial / s.file_name, s), shards))
         with disk:
             disk.needed = sum(shard.nbytes for shard in rest)
             disk.needed += sum(map(len, small_files.values()))
