@@ -113,8 +113,8 @@ def stream(
                 _check_finite(folder, item, tally, dtype)
                 report = _report(folder, item, dtype, tally.relative_error())
                 tally = _Tally()
-            yield Slab(item, rows, value, report)
             progress.advance(nbytes, item.name)
+            yield Slab(item, rows, value, report)
 
 
 def row_slabs(item: Item) -> list[tuple[slice, bool]]:
