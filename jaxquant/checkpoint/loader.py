@@ -5,8 +5,8 @@ The place is in a stack of layers that was allocated once.
 
 import contextlib
 import dataclasses
-import functools
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jaxquant.blocked import grid_shape
 from jaxquant.checkpoint.folder import CheckpointFolder
 from jaxquant.checkpoint.plan import Item, Plan
 from jaxquant.checkpoint.progress import Progress
+from jaxquant.checkpoint.reader import aligned
 from jaxquant.checkpoint.stream import stream
 from jaxquant.config import QuantConfig
 from jaxquant.models.layers import Stack
@@ -59,11 +60,11 @@ def load(
                 param = _allocate(param, slab.item.config, dtype)
             with bar.stage("place"):
                 param = _put(param, slab.value, place.index, place.row + slab.rows.start)
-                place.param.set_value(jax.block_until_ready(param))
+            place.param.set_value(param)
             if slab.report is not None:
                 entries.append(slab.report)
         for param in {id(place.param): place.param for place in place_of.values()}.values():
-            param.set_value(_as_fp8(param.get_value(), plan.config))
+            param.set_value(jax.device_put(param.get_value()))
         return model, QuantReport(tuple(entries), bar.timing())
 
 
@@ -94,36 +95,43 @@ def _mixed(layer: list[Item]) -> frozenset[str]:
 
 
 def _allocate(param: jax.ShapeDtypeStruct, config: QuantConfig | None, dtype: Any) -> Any:
+    # A CPU device takes numpy's memory as it is, in the end. Until then it is simply written to:
+    # XLA:CPU copies all of a stack of float8 to change a part of it.
+    zeros = _host_zeros if jax.default_backend() == "cpu" else jnp.zeros
     if config is None:
-        return jnp.zeros(param.shape, dtype)
-    # XLA:CPU copies all of a stack of float8 to change a part of it, but not one of bytes.
-    as_bytes = jax.default_backend() == "cpu"
+        return zeros(param.shape, dtype)
     grid = grid_shape(param.shape, config.weight_block_size)
     return QuantizedArray(
-        jnp.zeros(param.shape, jnp.uint8 if as_bytes else config.fmt_dtype),
-        jnp.zeros((*param.shape[:-2], *grid), jnp.float32),
+        zeros(param.shape, config.fmt_dtype),
+        zeros((*param.shape[:-2], *grid), jnp.dtype(jnp.float32)),
         block_size=config.weight_block_size,
         dtype=dtype,
         activation_scheme=config.activation_scheme,
     )
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(param: Any, rows: Any, layer: Any, row: Any) -> Any:
+def _host_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    return aligned(math.prod(shape) * dtype.itemsize, np.zeros).view(dtype).reshape(shape)
+
+
+def _put(param: Any, rows: Any, layer: int | None, row: int) -> Any:
     """The parameter with rows of a tensor in it; `layer` is None if it is no stack."""
     if not isinstance(param, QuantizedArray):
-        return blocked.put(param, rows, layer, row)
+        return _put_rows(param, rows, layer, row)
     return dataclasses.replace(
         param,
-        qvalue=blocked.put(param.qvalue, rows.qvalue, layer, row),
-        scale=blocked.put(param.scale, rows.scale, layer, row // param.block_size[0]),
+        qvalue=_put_rows(param.qvalue, rows.qvalue, layer, row),
+        scale=_put_rows(param.scale, rows.scale, layer, row // param.block_size[0]),
     )
 
 
-def _as_fp8(param: Any, config: QuantConfig | None) -> Any:
-    """The parameter with its bytes taken for FP8, where they lie."""
-    if not isinstance(param, QuantizedArray) or param.qvalue.dtype != jnp.uint8:
-        return param
-    assert config is not None
-    qvalue = jax.device_put(np.asarray(param.qvalue).view(config.fmt_dtype))
-    return dataclasses.replace(param, qvalue=qvalue)
+def _put_rows(array: Any, rows: jax.Array, layer: int | None, row: int) -> Any:
+    if isinstance(array, np.ndarray):
+        target = array if layer is None else array[layer]
+        # As bytes: numpy copies elements of other packages' dtypes one by one.
+        target[row : row + len(rows)].view(np.uint8)[:] = np.asarray(rows).view(np.uint8)
+        return array
+    return jax.block_until_ready(_put_on_device(array, rows, layer, row))
+
+
+_put_on_device = jax.jit(blocked.put, donate_argnums=0)

@@ -14,6 +14,7 @@ import os
 import reprlib
 import stat
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -147,7 +148,7 @@ class SafetensorsFile:
         start, stop, _ = rows.indices(info.shape[0] if info.shape else 1)
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
         width = math.prod(info.shape[1:]) * info.dtype.itemsize
-        out = _aligned_empty((stop - start) * width)
+        out = aligned((stop - start) * width, np.empty)
         try:
             self._read_into(out, info.start + start * width)
         except OSError as error:
@@ -178,6 +179,16 @@ class SafetensorsFile:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def aligned(nbytes: int, make: Callable[[int, Any], np.ndarray]) -> np.ndarray:
+    """Bytes of `np.empty` or `np.zeros` that start at a multiple of 64.
+
+    These a CPU device takes as they are: `jax.device_put` copies nothing.
+    """
+    buffer = make(nbytes + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + nbytes]
 
 
 def _open(path: Path) -> tuple[int, mmap.mmap]:
@@ -221,13 +232,6 @@ def _identity(fd: int) -> tuple[int, int]:
     """What changes when a file is written to."""
     status = os.fstat(fd)
     return status.st_size, status.st_mtime_ns
-
-
-def _aligned_empty(nbytes: int) -> np.ndarray:
-    """Bytes that start at a multiple of 64, so that a CPU device takes them as they are."""
-    buffer = np.empty(nbytes + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    return buffer[start : start + nbytes]
 
 
 def _header_stop(path: Path, mapped: mmap.mmap) -> int:
