@@ -132,6 +132,14 @@ class TestOnlineQuantization:
             if a.relative_error is not None:
                 assert b.relative_error == pytest.approx(a.relative_error, rel=1e-5)
 
+    def test_devices_that_do_not_take_numpys_memory(self, monkeypatch, source, weights):
+        from jaxquant.checkpoint import loader, stream
+
+        monkeypatch.setattr(loader, "_host_zeros", jnp.zeros)
+        monkeypatch.setattr(stream, "lanes", lambda: stream.Lanes(3, BLOCK * 64))
+        model = jq.from_pretrained(source, CONFIG)
+        assert_equal(parameters(model), quantized(weights, CONFIG))
+
     def test_modules_to_not_convert_are_kept(self, source, weights):
         kept = ("model.layers.1.mlp", "q_proj")
         config = dataclasses.replace(CONFIG, modules_to_not_convert=kept)
