@@ -72,7 +72,7 @@ def quantize_checkpoint(
         total = sum(folder.info(item.name).nbytes for item in plan.items)
         with (
             Progress(f"Quantizing {folder.path.name}", total, progress) as bar,
-            contextlib.closing(QuantizedTensors(folder, plan.items, bar)) as tensors,
+            contextlib.closing(QuantizedTensors(folder, plan.items, bar, "write")) as tensors,
         ):
             write_folder(
                 directory,
@@ -165,13 +165,21 @@ class QuantizedTensors:
     The stream begins at the tensor that is read first, and goes on in order: those before it are
     in shards that an earlier run finished.
 
+    Args:
+      folder: the checkpoint.
+      items: the tensors.
+      progress: told of every slab.
+      stage: what is done with them, for the timing.
+
     Attributes:
       entries: reports of what was read.
     """
 
-    def __init__(self, folder: CheckpointFolder, items: Sequence[Item], progress: Progress):
+    def __init__(
+        self, folder: CheckpointFolder, items: Sequence[Item], progress: Progress, stage: str
+    ):
         self.entries: list[TensorReport] = []
-        self._folder, self._items, self._progress = folder, items, progress
+        self._folder, self._items, self._progress, self._stage = folder, items, progress, stage
         self._stream: Generator[Slab] | None = None
 
     def sources(self) -> list[TensorSource]:
@@ -190,7 +198,8 @@ class QuantizedTensors:
             self._stream = stream(self._folder, self._items[first:], None, self._progress)
         for slab in self._stream:
             assert slab.item is item
-            yield slab
+            with self._progress.stage(self._stage):
+                yield slab
             if slab.report is not None:
                 self.entries.append(slab.report)
                 return

@@ -42,7 +42,7 @@ def verify(
         total = sum(folder.info(item.name).nbytes for item in plan.items)
         with (
             Progress(f"Verifying {exported.path.name}", total, progress) as bar,
-            contextlib.closing(QuantizedTensors(folder, plan.items, bar)) as tensors,
+            contextlib.closing(QuantizedTensors(folder, plan.items, bar, "compare")) as tensors,
         ):
             sources = tensors.sources()
             names = {expected.name for expected in sources}

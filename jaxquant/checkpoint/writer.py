@@ -179,26 +179,33 @@ def _partial_folder(
         lock = _lock(partial)
     try:
         with disk:
-            job = partial / _JOB_NAME
-            found = job.read_text() if job.exists() else None
-            if resume and found is not None and found != digest:
-                raise CheckpointError(
-                    f"{directory}: the unfinished run beside it was another one (source, config "
-                    "or shard size); repeat that one, or start anew without resume (--resume)"
-                )
-            if not (resume and found == digest):
-                _clear(partial)
-                with _durable(job) as target:
-                    target.write(digest.encode())
-        try:
-            yield partial
-        except BaseException:
-            if not resume:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
+            _take_over(partial, digest, resume, directory)
+        yield partial
+    except BaseException:
+        if not resume:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    else:
         shutil.rmtree(partial, ignore_errors=True)
     finally:
         os.close(lock)
+
+
+def _take_over(partial: Path, digest: str, resume: bool, directory: Path) -> None:
+    """Leave what an earlier run of the same job finished, or nothing."""
+    job = partial / _JOB_NAME
+    found = job.read_text() if job.exists() else None
+    if resume and found == digest:
+        return
+    if resume and found is not None:
+        raise CheckpointError(
+            f"{directory}: the unfinished run beside it was another one (source, config or shard "
+            "size); repeat that one, or start anew without resume (--resume)"
+        )
+    _clear(partial)
+    with _durable(job.with_suffix(".new")) as target:
+        target.write(digest.encode())
+    job.with_suffix(".new").rename(job)
 
 
 def _lock(folder: Path) -> int:

@@ -93,6 +93,13 @@ def test_content(tmp_path, source, weights):
         assert file.metadata() == {"format": "pt"}
 
 
+def test_the_report_says_what_it_took(tmp_path, source):
+    timing = jq.quantize_checkpoint(source, tmp_path / "fp8", CONFIG).timing
+    assert timing is not None
+    assert timing.stages.keys() == {"read", "transfer", "convert", "quantize", "write"}
+    assert timing.nbytes == sum(w.nbytes for w in builders.tensors().values())
+
+
 def test_what_is_kept_is_written_with_full_paths(tmp_path, source):
     config = dataclasses.replace(CONFIG, modules_to_not_convert=("layers.1.self_attn", "up_proj"))
     jq.quantize_checkpoint(source, tmp_path / "fp8", config)
