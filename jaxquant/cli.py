@@ -1,4 +1,4 @@
-"""The command line: `jaxquant demo | quantize | inspect | generate | eval | bench`."""
+"""The command line: `jaxquant demo | quantize | verify | inspect | generate | eval | bench`."""
 
 import argparse
 import dataclasses
@@ -75,8 +75,20 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("source", metavar="SRC", help="a checkpoint folder or hub id")
     quantize.add_argument("directory", metavar="DST", type=Path, help="the folder to write")
     _add_config(quantize)
+    quantize.add_argument("--max-shard-size", type=_size, default=5 * 1024**3, metavar="SIZE",
+                          help="of a file: 2GB, 500MB (default 5GiB)")  # fmt: skip
     quantize.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DST")
+    quantize.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on after a run that was stopped; if this one fails, keep what it finished",
+    )
     _add_json(quantize)
+
+    verify = command("verify", _verify, "check a checkpoint that quantize wrote, byte by byte")
+    verify.add_argument("source", metavar="SRC", help="the BF16 checkpoint: a folder or hub id")
+    verify.add_argument("directory", metavar="DST", type=Path, help="what was written")
+    _add_json(verify)
 
     inspect = command("inspect", _inspect, "show what a checkpoint holds, from its headers alone")
     inspect.add_argument("source", metavar="DIR", help="a checkpoint folder or hub id")
@@ -150,6 +162,15 @@ def _block_size(text: str) -> tuple[int, int]:
     return sizes[0], sizes[-1]
 
 
+def _size(text: str) -> int:
+    units = {"": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3,
+             "KIB": 1024, "MIB": 1024**2, "GIB": 1024**3}  # fmt: skip
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|[KMG]I?B)", text.upper())
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a size, as in 2GB or 500MB")
+    return int(float(match[1]) * units[match[2]])
+
+
 def _config(args: argparse.Namespace) -> QuantConfig:
     return QuantConfig(
         fmt=args.fmt,
@@ -188,7 +209,12 @@ def _quantize(args: argparse.Namespace) -> None:
     from jaxquant.checkpoint.hub import resolve
 
     report = quantize_checkpoint(
-        resolve(args.source), args.directory, _config(args), overwrite=args.overwrite
+        resolve(args.source),
+        args.directory,
+        _config(args),
+        max_shard_bytes=args.max_shard_size,
+        overwrite=args.overwrite,
+        resume=args.resume,
     )
     _show(report, args)
     if not args.json:
@@ -199,6 +225,16 @@ def _quantize(args: argparse.Namespace) -> None:
                 f"note: {len(ragged)} weights do not divide into whole blocks, which transformers "
                 "asks for; with a smaller --block-size they may"
             )
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from jaxquant.checkpoint.hub import resolve
+    from jaxquant.checkpoint.verify import verify
+
+    report = verify(resolve(args.source), args.directory)
+    _show(report, args)
+    if not args.json:
+        print(f"{args.directory} holds what follows from {args.source}, to the byte")
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -30,11 +30,43 @@ class TensorReport:
     relative_error: float | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What a load or an export took.
+
+    Attributes:
+      seconds: from beginning to end.
+      nbytes: read.
+      stages: seconds by stage, summed over the threads that worked on it side by side.
+      peak_memory: highest resident size of the process until then, in bytes; None if not known.
+    """
+
+    seconds: float
+    nbytes: int
+    stages: dict[str, float]
+    peak_memory: int | None
+
+    def __str__(self) -> str:
+        stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.stages.items())
+        memory = "" if self.peak_memory is None else f"; peak {format_bytes(self.peak_memory)}"
+        rate = format_bytes(self.nbytes / self.seconds if self.seconds else 0)
+        return (
+            f"read {format_bytes(self.nbytes)} in {self.seconds:.1f} s, {rate}/s "
+            f"(by thread: {stages}){memory}"
+        )
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class QuantReport:
-    """One TensorReport per tensor; prints as a table, and renders as one in a notebook."""
+    """One TensorReport per tensor; prints as a table, and renders as one in a notebook.
+
+    Attributes:
+      tensors: the entries.
+      timing: what it took to load or to export, of which reports that are equal may differ.
+    """
 
     tensors: tuple[TensorReport, ...]
+    timing: Timing | None = dataclasses.field(default=None, compare=False)
 
     @property
     def quantized(self) -> tuple[TensorReport, ...]:
@@ -62,6 +94,7 @@ class QuantReport:
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "tensors": [dataclasses.asdict(t) for t in self.tensors],
+            "timing": None if self.timing is None else dataclasses.asdict(self.timing),
         }
 
     def summary(self) -> str:
@@ -75,7 +108,8 @@ class QuantReport:
         return f"QuantReport({self.summary()})"
 
     def __str__(self) -> str:
-        return f"{format_table(*_table(self.tensors))}\n{self.summary()}"
+        lines = [format_table(*_table(self.tensors)), self.summary()]
+        return "\n".join(lines if self.timing is None else [*lines, str(self.timing)])
 
     def _repr_html_(self) -> str:
         header, rows = _table(self.tensors)

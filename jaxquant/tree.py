@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxquant import blocked
 from jaxquant.array import QuantizedArray, nbytes
@@ -205,10 +206,12 @@ def error_norms(w: jax.Array, qa: QuantizedArray) -> tuple[jax.Array, jax.Array]
     """`||w - dequantize(qa)||` and `||w||` (Frobenius), float32 scalars."""
     # Squares of large weights would overflow, those of small ones vanish.
     unit = jnp.max(qa.scale, initial=0)
+    to_units = 1 / unit
 
     def norm(x: jax.Array) -> jax.Array:
-        x = x / unit
-        return unit * jnp.sqrt(jnp.vdot(x, x, precision="highest"))
+        # XLA:CPU sums fast what lies in memory, and slowly what it has yet to compute.
+        x = lax.optimization_barrier(x * to_units)
+        return unit * jnp.sqrt(jnp.sum(x * x))
 
     w = w.astype(jnp.float32)
     return norm(w - qa.dequantize(jnp.float32)), norm(w)

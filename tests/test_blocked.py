@@ -418,6 +418,22 @@ def test_every_fp8_value_widens_exactly(dtype):
     np.testing.assert_array_equal(np.signbit(wide)[numbers], np.signbit(expected)[numbers])
 
 
+@pytest.mark.parametrize("dtype", FMT_DTYPES.values(), ids=FMT_DTYPES)
+def test_narrowing_rounds_to_the_nearest_ties_to_even(dtype):
+    """Each 1009th float32 there is, every FP8 value, and what lies next to and between them."""
+    fmax = float(jnp.finfo(dtype).max)
+    x = np.arange(0, 2**32, 1009, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    values = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
+    values = np.sort(values[np.isfinite(values)])
+    ties = (values[1:] + values[:-1]) / 2
+    near = [np.nextafter(v, np.float32(to)) for v in (values, ties) for to in (-np.inf, np.inf)]
+    x = np.concatenate([x, values, ties, *near])
+    x = np.clip(x[~np.isnan(x)], -fmax, fmax)
+    narrow = jax.jit(blocked.narrow, static_argnums=1)
+    assert differing(narrow(x, np.dtype(dtype)), x.astype(dtype)) == 0
+    assert np.isnan(narrow(np.full(8, np.nan, np.float32), np.dtype(dtype))).all()
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, *FMT_DTYPES.values()], ids=str)
 def test_layers_are_taken_and_rows_put_bit_for_bit(dtype):
     bits = np.random.default_rng(0).integers(0, 256, (3, 4, 6, dtype.itemsize), np.uint8)

@@ -1,6 +1,7 @@
 """Each command in process: what it prints, what it returns, how it fails."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,11 @@ from builders import BLOCK
 
 import jaxquant as jq
 from jaxquant import cli
-from jaxquant.errors import CheckpointError
+from jaxquant.checkpoint import writer
+from jaxquant.errors import CheckpointError, JaxquantError
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("demo", "quantize", "inspect", "generate", "eval", "bench")
+COMMANDS = ("demo", "quantize", "verify", "inspect", "generate", "eval", "bench")
 BLOCKS = ("--block-size", str(BLOCK))
 
 
@@ -97,6 +99,9 @@ def test_version(capsys):
         ["quantize", "SRC", "DST", "--fmt", "e3m4"],
         ["quantize", "SRC", "DST", "--block-size", "64x"],
         ["quantize", "SRC", "DST", "--block-size", "a"],
+        ["quantize", "SRC", "DST", "--max-shard-size", "0"],
+        ["quantize", "SRC", "DST", "--max-shard-size", "5 apples"],
+        ["verify", "SRC"],
         ["eval"],
     ],
 )
@@ -152,6 +157,23 @@ class TestQuantize:
             *(f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")),
         }
 
+    @pytest.mark.parametrize("size", ["50000", "50kB", "0.05 MB", "48.8KiB"])
+    def test_shards_of_a_size(self, run, source, tmp_path, size):
+        run("quantize", *BLOCKS, source, str(tmp_path / "fp8"), "--max-shard-size", size)
+        assert len(list((tmp_path / "fp8").glob("*.safetensors"))) == 4
+
+    def test_resume(self, run, fails, source, fp8, tmp_path, monkeypatch):
+        argv = ("quantize", *BLOCKS, source, str(tmp_path / "fp8"), "--resume")
+        with monkeypatch.context() as patch:
+            patch.setattr(writer, "_verify", lambda *_: (_ for _ in ()).throw(JaxquantError("x")))
+            assert fails(*argv) == "x"
+        (shard,) = tmp_path.glob(".fp8.*/*.safetensors")
+        written = shard.stat().st_mtime_ns
+        run(*argv)
+        assert (tmp_path / "fp8" / shard.name).stat().st_mtime_ns == written
+        for path in Path(fp8).iterdir():
+            assert (tmp_path / "fp8" / path.name).read_bytes() == path.read_bytes()
+
     def test_overwrite(self, run, fails, source, tmp_path):
         directory = tmp_path / "fp8"
         run("quantize", *BLOCKS, source, str(directory))
@@ -159,6 +181,27 @@ class TestQuantize:
         run("quantize", source, str(directory), "--overwrite")
         quantization = json.loads((directory / "config.json").read_text())["quantization_config"]
         assert quantization["weight_block_size"] == [128, 128]
+
+
+class TestVerify:
+    def test_what_was_written(self, run, source, fp8):
+        out = run("verify", source, fp8)
+        assert "14 tensors in FP8" in out
+        assert out.endswith(f"{fp8} holds what follows from {source}, to the byte\n")
+        report = json.loads(run("verify", source, fp8, "--json"))
+        assert len(report["tensors"]) == len(builders.shapes())
+        assert report["timing"]["nbytes"] == report["bytes_before"]
+
+    def test_what_differs_is_named(self, fails, source, fp8, tmp_path):
+        folder = Path(shutil.copytree(fp8, tmp_path / "fp8"))
+        with (folder / "model.safetensors").open("r+b") as file:
+            file.seek(-1, 2)
+            last = file.read(1)
+            file.seek(-1, 2)
+            file.write(bytes([last[0] ^ 1]))
+        message = fails("verify", source, str(folder))
+        assert message.startswith(f"{folder / 'model.safetensors'}: tensor model.layers.1.mlp.")
+        assert "has other values than follow from its source" in message
 
 
 class TestInspect:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from jaxquant.report import QuantReport, TensorReport, format_bytes
+from jaxquant.report import QuantReport, TensorReport, Timing, format_bytes
 
 
 def quantized(path: str, error: float = 0.02, shape: tuple[int, ...] = (256, 128)) -> TensorReport:
@@ -119,6 +119,23 @@ def test_to_dict_is_plain_data():
         "relative_error": 0.034,
     }
     assert data["tensors"][-1]["relative_error"] is None
+
+
+def test_timing_is_printed_and_no_part_of_what_is_equal():
+    timing = Timing(2.0, 3_000_000_000, {"read": 1.5, "quantize": 2.25}, 1_200_000_000)
+    report = QuantReport(REPORT.tensors, timing)
+    assert report == REPORT
+    assert str(report).splitlines()[:-1] == str(REPORT).splitlines()
+    assert str(report).splitlines()[-1] == (
+        "read 3.0 GB in 2.0 s, 1.5 GB/s (by thread: read 1.5 s, quantize 2.2 s); peak 1.2 GB"
+    )
+    assert json.loads(json.dumps(report.to_dict()))["timing"] == {
+        "seconds": 2.0,
+        "nbytes": 3_000_000_000,
+        "stages": {"read": 1.5, "quantize": 2.25},
+        "peak_memory": 1_200_000_000,
+    }
+    assert "peak" not in str(Timing(0.0, 0, {}, None))
 
 
 def test_an_empty_report_prints():

@@ -1,24 +1,26 @@
 """Writing FP8 checkpoints: a BF16 one quantized as a stream, a loaded model, a parameter tree."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
+import jaxquant
 from jaxquant import blocked
 from jaxquant.array import QuantizedArray
 from jaxquant.blocked import grid_shape
 from jaxquant.checkpoint.folder import CheckpointFolder
-from jaxquant.checkpoint.loader import Tally, row_slabs, skipped_reports, tensor_report
 from jaxquant.checkpoint.plan import Item, Plan, make_plan
+from jaxquant.checkpoint.progress import Progress
+from jaxquant.checkpoint.stream import Slab, skipped_reports, stream
 from jaxquant.checkpoint.writer import DEFAULT_SHARD_BYTES, TensorSource, write_folder
 from jaxquant.config import QuantConfig
 from jaxquant.errors import CheckpointError, JaxquantError
@@ -26,7 +28,7 @@ from jaxquant.models.fused import FusedRows, rows_of, split_name, whole_name
 from jaxquant.models.hf_config import HFConfig
 from jaxquant.models.registry import Family, places
 from jaxquant.report import QuantReport, TensorReport
-from jaxquant.tree import error_norms, path_name
+from jaxquant.tree import path_name
 
 _SCALE_SUFFIX = "_scale_inv"  # DeepSeek's name; the scale is a multiplier all the same
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
@@ -39,9 +41,10 @@ def quantize_checkpoint(
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
+    resume: bool = False,
     progress: bool | None = None,
 ) -> QuantReport:
-    """Quantizes a checkpoint on disk to blocked FP8, one tensor at a time.
+    """Quantizes a checkpoint on disk to blocked FP8, as a stream.
 
     The result holds the bytes that loading with the same config gives, in the layout that
     transformers, vLLM and SGLang read; of these, transformers is known to ask for weights that
@@ -53,7 +56,12 @@ def quantize_checkpoint(
       config: default `QuantConfig()`.
       max_shard_bytes: per safetensors file.
       overwrite: replace what is at `directory`.
+      resume: keep the shards that an earlier run of the same export finished before it was killed
+        or failed; if this one fails, keep its own for the next. The bytes are those of one run.
       progress: whether to show a bar; None shows it on a terminal.
+
+    Returns:
+      The report of the tensors that this run quantized.
 
     Raises:
       CheckpointError: a source that cannot be quantized, a full disk, NaN or Inf, by name.
@@ -63,36 +71,23 @@ def quantize_checkpoint(
         plan = make_plan(folder, config)
         if plan.stored:
             raise CheckpointError(f"{folder.path}: the checkpoint is FP8 already; copy it instead")
-        entries: list[TensorReport] = []
-        sources = [s for item in plan.items for s in _quantized_sources(folder, item, entries)]
-        fused = plan.family.fused
-        sources = _fuse(sources, fused, config.weight_block_size[0])
-        sizes: collections.Counter[str] = collections.Counter()
-        for item in plan.items:
-            sizes[whole_name(item.name, fused)] += folder.info(item.name).nbytes
-        with tqdm(
-            total=sizes.total(),
-            unit="B",
-            unit_scale=True,
-            desc=f"Quantizing {folder.path.name}",
-            disable=None if progress is None else not progress,
-            leave=False,
-        ) as bar:
-
-            def advance(source: TensorSource) -> None:
-                bar.update(sizes[source.name])
-
+        total = sum(folder.info(item.name).nbytes for item in plan.items)
+        with (
+            Progress(f"Quantizing {folder.path.name}", total, progress) as bar,
+            contextlib.closing(QuantizedTensors(folder, plan, bar, "write")) as tensors,
+        ):
             write_folder(
                 directory,
-                sources,
+                tensors.sources(),
                 config=_with_quantization(_as_loaded(folder.config), config, _kept(plan)),
                 files=folder.other_files(),
                 max_shard_bytes=max_shard_bytes,
                 overwrite=overwrite,
-                on_tensor=advance,
+                job=_job(folder),
+                resume=resume,
             )
-        entries += skipped_reports(folder, plan)
-    return QuantReport(tuple(entries))
+            entries = (*tensors.entries, *skipped_reports(folder, plan))
+            return QuantReport(entries, bar.timing())
 
 
 def save_model(
@@ -168,46 +163,88 @@ def save_params(params: Any, directory: str | Path, **options: Any) -> Path:
     return write_folder(directory, sources, config=config, **options)
 
 
-def _quantized_sources(
-    folder: CheckpointFolder, item: Item, entries: list[TensorReport]
-) -> Iterator[TensorSource]:
-    info = folder.info(item.name)
+class QuantizedTensors:
+    """The tensors of a checkpoint as they are exported: quantized as a plan says, as a stream.
 
-    def done(error: float | None) -> None:
-        entries.append(tensor_report(folder, item, info.dtype, error))
-        folder.release(item.name)
+    The stream begins at the tensor that is read first, and goes on in order: those before it are
+    in shards that an earlier run finished.
 
-    if item.config is None:
+    Args:
+      folder: the checkpoint.
+      plan: made from it.
+      progress: told of every slab.
+      stage: what is done with them, for the timing.
 
-        def read_plain() -> np.ndarray:
-            w = folder.read(item.name)
-            _check_finite(folder, item, bool(_is_finite(w)))
-            done(None)
-            return w
+    Attributes:
+      entries: reports of what was read.
+    """
 
-        yield TensorSource(item.name, info.dtype, info.shape, read_plain)
-        return
-    config = item.config.numerics()
-    scales: list[np.ndarray] = []
+    def __init__(self, folder: CheckpointFolder, plan: Plan, progress: Progress, stage: str):
+        self.entries: list[TensorReport] = []
+        self._folder, self._plan, self._progress, self._stage = folder, plan, progress, stage
+        self._stream: Generator[Slab] | None = None
 
-    def read_qvalue() -> np.ndarray:
-        w, tally, qvalues = folder.read(item.name), Tally(), []
-        for rows, _ in row_slabs(item):
-            qa, *outcome = _quantize(w[rows], config)
-            tally.add(*outcome)
-            qvalues.append(np.asarray(qa.qvalue))
-            scales.append(np.asarray(qa.scale))
-        _check_finite(folder, item, tally.finite)
-        done(tally.relative_error())
-        return np.concatenate(qvalues)
+    def sources(self) -> list[TensorSource]:
+        """All tensors; scales follow their weights.
 
-    yield TensorSource(item.name, config.fmt_dtype, info.shape, read_qvalue)
-    grid = blocked.grid_shape(info.shape, config.weight_block_size)
+        Raises:
+          CheckpointError: projections that the checkpoint holds as one tensor, whose blocks are
+            not its own.
+        """
+        sources = [source for item in self._plan.items for source in self._sources(item)]
+        config = self._plan.config
+        block = 1 if config is None else config.weight_block_size[0]
+        return _fuse(sources, self._plan.family.fused, block)
 
-    def read_scale() -> np.ndarray:
-        return np.concatenate(scales)
+    def close(self) -> None:
+        """Ends the stream."""
+        if self._stream is not None:
+            self._stream.close()
 
-    yield TensorSource(item.name + _SCALE_SUFFIX, np.dtype(np.float32), grid, read_scale)
+    def _slabs(self, item: Item) -> Iterator[Slab]:
+        if self._stream is None:
+            items = self._plan.items
+            first = items.index(item)
+            self._progress.skip(sum(self._folder.info(i.name).nbytes for i in items[:first]))
+            self._stream = stream(self._folder, items[first:], None, self._progress)
+        for slab in self._stream:
+            assert slab.item is item
+            with self._progress.stage(self._stage):
+                yield slab
+            if slab.report is not None:
+                self.entries.append(slab.report)
+                return
+
+    def _sources(self, item: Item) -> Iterator[TensorSource]:
+        info = self._folder.info(item.name)
+        if item.config is None:
+            yield TensorSource(
+                item.name, info.dtype, info.shape, lambda: (s.value for s in self._slabs(item))
+            )
+            return
+        scales: list[np.ndarray] = []
+
+        def read_qvalue() -> Iterator[Any]:
+            for slab in self._slabs(item):
+                scales.append(np.asarray(slab.value.scale))
+                yield slab.value.qvalue
+
+        def read_scale() -> np.ndarray:
+            if not scales:  # the values are in a shard that an earlier run finished
+                collections.deque(read_qvalue(), maxlen=0)
+            return np.concatenate(scales)
+
+        grid = grid_shape(info.shape, item.config.weight_block_size)
+        yield TensorSource(item.name, item.config.fmt_dtype, info.shape, read_qvalue)
+        yield TensorSource(item.name + _SCALE_SUFFIX, np.dtype(np.float32), grid, read_scale)
+
+
+def _job(folder: CheckpointFolder) -> str:
+    """What the bytes of an export follow from, besides its names, shapes and config."""
+    sizes = [
+        (shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in folder.shards
+    ]
+    return f"{jaxquant.__version__} {sizes}"
 
 
 def _array_sources(
@@ -274,25 +311,11 @@ def _join(
             f"rows do not divide its parts ({sizes} rows); take a weight_block_size that does"
         )
     shape = (sum(source.shape[0] for source in sources), *sources[0].shape[1:])
-    return TensorSource(
-        name, sources[0].dtype, shape, lambda: rows.join([source.read() for source in sources])
-    )
 
+    def read() -> np.ndarray:
+        return rows.join([np.concatenate(list(source.pieces())) for source in sources])
 
-@functools.partial(jax.jit, static_argnums=1)
-def _quantize(w: jax.Array, config: QuantConfig) -> tuple[QuantizedArray, Any, Any, Any]:
-    qa = blocked.quantize(w, config)
-    return qa, jnp.isfinite(qa.scale).all(), *error_norms(w, qa)
-
-
-@jax.jit
-def _is_finite(w: jax.Array) -> jax.Array:
-    return jnp.isfinite(w).all()
-
-
-def _check_finite(folder: CheckpointFolder, item: Item, finite: bool) -> None:
-    if not finite:
-        raise CheckpointError(f"{folder.shard_of(item.name)}: tensor {item.name} holds NaN or Inf")
+    return TensorSource(name, sources[0].dtype, shape, read)
 
 
 def _kept(plan: Plan) -> list[str]:

@@ -62,7 +62,6 @@ class CheckpointFolder:
             self._names_of = {file.path: frozenset(file.tensors)}
         self._shard_of = {name: shard for shard, names in self._names_of.items() for name in names}
         self._parts: dict[str, _Part] = {}
-        self._copied: tuple[str, Any] = "", None  # the part that was read last, slab by slab
 
     def split(self, fused: Mapping[str, FusedRows], block: int = 1) -> None:
         """From now on, has the projections of fused modules in place of the whole tensors.
@@ -150,15 +149,15 @@ class CheckpointFolder:
         if part is None:
             return file.read(name)
         part.shape(file.tensors[part.whole], file.path)
-        if self._copied[0] != name:
-            self._copied = name, part.take(file.read(part.whole))
-        return self._copied[1]
+        return part.take(file.read(part.whole))
 
-    def release(self, name: str) -> None:
-        """Tell the kernel that the pages of tensor `name` are not needed soon."""
-        whole = self._parts[name].whole if name in self._parts else name
-        self._copied = "", None
-        self._file(self.shard_of(name)).release(whole)
+    def read_rows(self, name: str, rows: slice) -> np.ndarray:
+        """Return rows of tensor `name`, read into memory of their own."""
+        file, part = self._file(self.shard_of(name)), self._parts.get(name)
+        if part is None:
+            return file.read_rows(name, rows)
+        shape = part.shape(file.tensors[part.whole], file.path)
+        return part.read_rows(file, range(shape[0] if shape else 1)[rows])
 
     def other_files(self) -> list[Path]:
         """Return the files that an export carries over, sorted by name.
@@ -169,7 +168,9 @@ class CheckpointFolder:
         return sorted(path for path in self.path.iterdir() if _is_carried(path))
 
     def close(self) -> None:
-        """Let go of the memory maps; tensors already read stay valid, a later read maps anew."""
+        """Let go of the files; tensors already read stay valid, a later read opens anew."""
+        for file in self._files.values():
+            file.close()
         self._files.clear()
 
     def __enter__(self) -> Self:
@@ -227,6 +228,19 @@ class _Part:
         if self.expert is not None:
             tensor = tensor[self.expert[0]]
         return tensor if self.rows is None else self.rows.take(tensor, self.name, self.block)
+
+    def read_rows(self, file: SafetensorsFile, rows: range) -> np.ndarray:
+        """Rows of the part, read from the file that the whole is in."""
+        if self.rows is None:
+            return file.read_rows(self.whole, slice(rows.start, rows.stop))
+        shape = file.tensors[self.whole].shape
+        height = shape[0] if self.expert is None else shape[1]
+        first = 0 if self.expert is None else self.expert[0] * height
+        pieces = [
+            file.read_rows(self.whole, slice(first + run.start, first + run.stop), flat=True)
+            for run in self.rows.runs(height, self.name, rows, self.block)
+        ]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def shape(self, info: TensorInfo, path: Path) -> tuple[int, ...]:
         """Of the part, given the whole and the file that it is in."""

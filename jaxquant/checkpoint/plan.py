@@ -64,6 +64,28 @@ class Plan:
     stored: bool
     skipped: tuple[str, ...] = ()
 
+    def only(self, layers: range) -> "Plan":
+        """The plan of some layers, as for one stage of a pipeline.
+
+        What comes before the layers belongs to the first one, what comes after to the last one,
+        together with the embedding if it is the head as well.
+        """
+        numbers = [item.slot.layer for item in self.items]
+        first = next(i for i, layer in enumerate(numbers) if layer is not None)
+        last_layer = self.family.cfg.num_layers - 1
+        tied = self.items[-1].name != "lm_head.weight"
+        kept = []
+        for i, item in enumerate(self.items):
+            if item.slot.layer is not None:
+                keep = item.slot.layer in layers
+            elif i < first:
+                keep = 0 in layers or (tied and last_layer in layers)
+            else:
+                keep = last_layer in layers
+            if keep:
+                kept.append(item)
+        return dataclasses.replace(self, items=tuple(kept))
+
 
 def make_plan(folder: CheckpointFolder, config: QuantConfig | None) -> Plan:
     """Matches a checkpoint with its family and with what was asked for.

@@ -13,6 +13,8 @@ import mmap
 import os
 import reprlib
 import stat
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -101,7 +103,9 @@ class SafetensorsFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        mapped = _map(self.path)
+        self._fd, mapped = _open(self.path)
+        self._closer = weakref.finalize(self, os.close, self._fd)
+        self._opened_as = _identity(self._fd)
         data_start = _header_stop(self.path, mapped)
         header = _parse_json(self.path, mapped[8:data_start])
         self.metadata = _parse_metadata(self.path, header.pop("__metadata__", {}))
@@ -133,19 +137,47 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path}: tensor {brief(name)}: read after close()")
         return self._bytes[info.start : info.stop].view(info.dtype).reshape(info.shape)
 
-    def release(self, name: str) -> None:
-        """Tell the kernel that the pages of tensor `name` are not needed soon.
+    def read_rows(self, name: str, rows: slice, *, flat: bool = False) -> np.ndarray:
+        """Return rows of tensor `name` in memory of their own, aligned to 64 bytes.
 
-        Views stay valid: a page that is touched again is read again.
+        With `flat` the tensor counts as a matrix of as many columns, its other axes as one.
+
+        They are read, not mapped: a disk that fails, or a file that someone truncates or writes to
+        meanwhile, is a `CheckpointError` here, where a map would end the process or mix old and
+        new. A scalar has one row. Any number of threads may read at once.
         """
-        info, page = self.tensors[name], mmap.PAGESIZE
-        start, stop = info.start // page * page, info.stop // page * page
-        if self._map is not None and stop > start and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+        info = self.tensors[name]
+        whole = info.shape
+        if flat and whole:
+            whole = (math.prod(whole[:-1]), whole[-1]) if len(whole) > 1 else whole
+        start, stop, _ = rows.indices(whole[0] if whole else 1)
+        shape = (stop - start, *whole[1:]) if whole else ()
+        width = math.prod(whole[1:]) * info.dtype.itemsize
+        out = aligned((stop - start) * width, np.empty)
+        try:
+            self._read_into(out, info.start + start * width)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: tensor {brief(name)}: cannot be read: {error}"
+            ) from error
+        return out.view(info.dtype).reshape(shape)
+
+    def _read_into(self, out: np.ndarray, offset: int) -> None:
+        if not self._closer.alive:
+            raise CheckpointError(f"{self.path}: read after close()")
+        rest = memoryview(out)
+        while rest and (count := os.preadv(self._fd, [rest], offset)):  # 2 GiB a call at most
+            rest, offset = rest[count:], offset + count
+        if rest or _identity(self._fd) != self._opened_as:
+            raise CheckpointError(
+                f"{self.path}: changed while it was read (it had {self._opened_as[0]} bytes, and "
+                f"has {_identity(self._fd)[0]}); let its writer finish, and start again"
+            )
 
     def close(self) -> None:
-        """Let go of the map; `tensors` and `metadata` stay."""
+        """Let go of the map and the file; `tensors` and `metadata` stay."""
         self._map = self._bytes = None
+        self._closer()
 
     def __enter__(self) -> Self:
         return self
@@ -154,25 +186,42 @@ class SafetensorsFile:
         self.close()
 
 
-def _map(path: Path) -> mmap.mmap:
-    """Return the file as a read-only map of at least 8 bytes."""
+def aligned(nbytes: int, make: Callable[[int, Any], np.ndarray]) -> np.ndarray:
+    """Bytes of `np.empty` or `np.zeros` that start at a multiple of 64.
+
+    These a CPU device takes as they are: `jax.device_put` copies nothing.
+    """
+    buffer = make(nbytes + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + nbytes]
+
+
+def _open(path: Path) -> tuple[int, mmap.mmap]:
+    """Return the file's descriptor, and the file as a read-only map of at least 8 bytes."""
+    fd = -1
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             raise CheckpointError(f"{path}: a directory, not a safetensors file")
         if not stat.S_ISREG(mode):
             raise CheckpointError(f"{path}: not a regular file")
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size == 0:
-                raise CheckpointError(f"{path}: truncated: the file is empty; download it again")
-            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:  # CheckpointError is a ValueError
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        fd = os.open(path, os.O_RDONLY)
+        return fd, _map(path, fd)
+    except BaseException as error:
+        if fd >= 0:
+            os.close(fd)
+        if isinstance(error, FileNotFoundError):
+            raise CheckpointError(f"{path}: no such file") from None
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        raise
+
+
+def _map(path: Path, fd: int) -> mmap.mmap:
+    size = os.fstat(fd).st_size
+    if size == 0:
+        raise CheckpointError(f"{path}: truncated: the file is empty; download it again")
+    mapped = mmap.mmap(fd, size, access=mmap.ACCESS_READ)
     if mapped[: len(_LFS_POINTER)] == _LFS_POINTER:
         raise CheckpointError(
             f"{path}: a git-lfs pointer, not the file itself; fetch it with `git lfs pull`"
@@ -182,6 +231,12 @@ def _map(path: Path) -> mmap.mmap:
             f"{path}: truncated: expected at least 8 bytes, the file has {size}; download it again"
         )
     return mapped
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    """What changes when a file is written to."""
+    status = os.fstat(fd)
+    return status.st_size, status.st_mtime_ns
 
 
 def _header_stop(path: Path, mapped: mmap.mmap) -> int:

@@ -1,21 +1,26 @@
-"""Write checkpoint folders of safetensors files, one tensor in memory at a time.
+"""Write checkpoint folders of safetensors files, a few rows of a tensor in memory at a time.
 
-Everything is written into a hidden sibling, `.<name>.partial-<random>`, which takes the
+Everything is written into a hidden sibling, `.<name>.jaxquant-partial`, which takes the
 destination's place in one rename when it is complete. Whoever stops the process at whatever moment
 finds at the destination what was there before, or the whole new folder. (Where the system cannot
 swap two folders in one step, replacing one takes two renames, and both folders exist whole under
 hidden names in between.)
+
+In the sibling, a shard has its own name when it is complete and on the disk, so that a later run
+can go on from there; what remains of a run that nobody continues is removed by the next one.
 """
 
 import ctypes
 import errno
+import hashlib
+import itertools
 import json
 import math
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
@@ -35,13 +40,16 @@ from jaxquant.errors import CheckpointError
 
 DEFAULT_SHARD_BYTES = 5 * 1024**3
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_JOB_NAME = ".job"
+_UNSYNCED_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class TensorSource:
     """A tensor to write: dtype and shape known beforehand, the values made by `read()` in its turn.
 
-    `read().dtype == dtype` and `read().shape == shape`; anything `np.asarray` takes will do.
+    `read().dtype == dtype` and `read().shape == shape`; anything `np.asarray` takes will do. An
+    iterator gives the tensor in pieces, some rows each.
     """
 
     name: str
@@ -53,6 +61,12 @@ class TensorSource:
     def nbytes(self) -> int:
         """The size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """The tensor, in one piece or in those that `read` gives."""
+        # What `read` returns lives in this expression alone, and is gone before the next is made.
+        values = self.read()
+        return map(np.asarray, values if isinstance(values, Iterator) else iter((values,)))
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,8 @@ def write_folder(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     on_tensor: Callable[[TensorSource], None] | None = None,
+    job: str | None = None,
+    resume: bool = False,
 ) -> Path:
     """Write a Hugging Face style checkpoint folder and return its path.
 
@@ -89,9 +105,13 @@ def write_folder(
         overwrite: replace a checkpoint that is there already, as a whole, at the very end.
             A folder without a config.json is no checkpoint and is never replaced.
         on_tensor: called after each tensor is written, for progress.
+        job: what the values of the tensors follow from. Shards of an earlier run count as done
+            only if it wrote the same tensors for the same job.
+        resume: go on where an earlier run stopped, and if this one fails, leave what it finished.
 
-    Raises `CheckpointError` if the destination is taken, the disk has not the space, or a tensor is
-    not of the dtype or shape announced. Whatever is raised, the destination is as it was before.
+    Raises `CheckpointError` if the destination is taken or being written, the disk has not the
+    space, or a tensor is not of the dtype or shape announced. Whatever is raised, the destination
+    is as it was before.
     """
     directory = Path(directory).expanduser().resolve()
     files = [Path(file) for file in files]
@@ -107,28 +127,33 @@ def write_folder(
     disk = _DiskErrors(directory)
     with disk:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        disk.needed = sum(shard.nbytes for shard in shards)
-        disk.needed += sum(map(len, small_files.values()))
-        disk.needed += sum(file.stat().st_size for file in files)
-        free = shutil.disk_usage(directory.parent).free
-    if disk.needed > free:
-        raise CheckpointError(
-            f"{directory}: needs {disk.needed} bytes, {free} are free on its disk"
-        )
-
-    partial = directory.with_name(f".{directory.name}.partial-{secrets.token_hex(4)}")
-    try:
+    digest = hashlib.sha256(f"{job}\n".encode() + small_files[CONFIG_NAME])
+    for shard in shards:
+        digest.update(shard.header)
+    with _partial_folder(directory, digest.hexdigest(), resume, disk) as partial:
+        # In order: tensors come as a stream, from the first that is missing to the last.
+        rest = list(itertools.dropwhile(lambda s: _is_finished(partial / s.file_name, s), shards))
         with disk:
-            partial.mkdir()
-        for shard in shards:
+            disk.needed = sum(shard.nbytes for shard in rest)
+            disk.needed += sum(map(len, small_files.values()))
+            disk.needed += sum(file.stat().st_size for file in files)
+            free = shutil.disk_usage(directory.parent).free
+        if disk.needed > free:
+            raise CheckpointError(
+                f"{directory}: needs {disk.needed} bytes, {free} are free on its disk"
+            )
+        for shard in rest:
             _write_shard(partial / shard.file_name, shard, disk, on_tensor)
         with disk:
             for file in files:
                 with file.open("rb") as source, _durable(partial / file.name) as target:
                     shutil.copyfileobj(source, target)
+                shutil.copymode(file, partial / file.name)
         _verify(partial, shards)
         with disk:
-            # config.json comes last: until then nothing takes the folder for a checkpoint.
+            # config.json comes last: until then nothing takes the folder for a checkpoint, and
+            # from then on nothing takes it for the rest of an unfinished run.
+            (partial / _JOB_NAME).unlink()
             for name, content in small_files.items():
                 with _durable(partial / name) as target:
                     target.write(content)
@@ -137,10 +162,95 @@ def write_folder(
         with disk:
             _move_into_place(partial, directory)
             _sync_directory(directory.parent)
-    finally:
-        # What has this name by now: the unfinished folder, or the one that was replaced.
-        shutil.rmtree(partial, ignore_errors=True)
     return directory
+
+
+@contextmanager
+def _partial_folder(
+    directory: Path, digest: str, resume: bool, disk: "_DiskErrors"
+) -> Iterator[Path]:
+    """Make the folder that everything is written into, or take over the one that is there.
+
+    It is this process's alone meanwhile. In the end what has its name is removed: the unfinished
+    folder, unless it is to be resumed, or the checkpoint that was replaced.
+    """
+    partial = directory.with_name(f".{directory.name}.jaxquant-partial")
+    with disk:
+        lock = _lock(partial)
+    try:
+        with disk:
+            _take_over(partial, digest, resume, directory)
+        yield partial
+    except BaseException:
+        if not resume:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _take_over(partial: Path, digest: str, resume: bool, directory: Path) -> None:
+    """Leave what an earlier run of the same job finished, or nothing."""
+    job = partial / _JOB_NAME
+    found = job.read_text() if job.exists() else None
+    if resume and found == digest:
+        return
+    if resume and found is not None:
+        raise CheckpointError(
+            f"{directory}: the unfinished run beside it was another one (source, config or shard "
+            "size); repeat that one, or start anew without resume (--resume)"
+        )
+    _clear(partial)
+    with _durable(job.with_suffix(".new")) as target:
+        target.write(digest.encode())
+    job.with_suffix(".new").rename(job)
+
+
+def _lock(folder: Path) -> int:
+    """Make a folder if there is none, and return its locked descriptor."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(ModuleNotFoundError):
+                _flock(descriptor, folder)
+            if folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat()):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its owner finished meanwhile, and moved or removed it
+
+
+def _flock(descriptor: int, folder: Path) -> None:
+    import fcntl  # not on every system
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CheckpointError(
+            f"{folder}: another process is writing here; let it finish, or end it"
+        ) from None
+    except OSError:  # some network file systems refuse this
+        pass
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _is_finished(path: Path, shard: _Shard) -> bool:
+    """Whether an earlier run wrote this shard: its name is its own only when all is on disk."""
+    if not path.exists() or path.stat().st_size != shard.nbytes:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(shard.header)) == shard.header
 
 
 def _plan(tensors: Iterable[TensorSource], max_shard_bytes: int) -> list[_Shard]:
@@ -254,32 +364,87 @@ def _write_shard(
     on_tensor: Callable[[TensorSource], None] | None,
 ) -> None:
     """Write one shard, each tensor at its place in the order in which they come."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
     with disk:
-        file = path.open("xb", buffering=0)
-    with file:
+        file = unfinished.open("wb", buffering=0)
+    with file, _Syncer(file.fileno(), disk) as syncer:
         with disk:
             _write_at(file, 0, shard.header)
         for source in shard.sources:
-            # The values live in this expression alone: gone before the next ones are made.
-            _write_tensor(file, shard.infos[source.name], source, disk)
+            _write_tensor(file, shard.infos[source.name], source, disk, syncer)
             if on_tensor is not None:
                 on_tensor(source)
-        with disk:
-            os.fsync(file.fileno())
+    with disk:
+        unfinished.rename(path)
+        _sync_directory(path.parent)
 
 
 def _write_tensor(
-    file: FileIO, info: TensorInfo, source: TensorSource, disk: "_DiskErrors"
+    file: FileIO, info: TensorInfo, source: TensorSource, disk: "_DiskErrors", syncer: "_Syncer"
 ) -> None:
-    values = np.asarray(source.read())
-    if values.dtype != info.dtype or values.shape != info.shape:
-        raise CheckpointError(
-            f"tensor {brief(info.name)}: announced as {info.dtype} {list(info.shape)}, "
-            f"came as {values.dtype} {list(values.shape)}"
-        )
-    with disk:
-        # As bytes: the buffer protocol knows no bfloat16.
-        _write_at(file, info.start, np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+    offset, rows = info.start, 0
+    for piece in source.pieces():
+        rows += piece.shape[0] if piece.ndim else 0
+        if piece.dtype != info.dtype or piece.shape[1:] != info.shape[1:]:
+            raise _another(info, piece.dtype, piece.shape)
+        if offset + piece.nbytes > info.stop or piece.ndim != len(info.shape):
+            raise _another(info, piece.dtype, (rows, *piece.shape[1:]))
+        with disk:
+            # As bytes: the buffer protocol knows no bfloat16.
+            _write_at(file, offset, np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+        offset += piece.nbytes
+        syncer.wrote(piece.nbytes)
+    if offset != info.stop:
+        raise _another(info, info.dtype, (rows, *info.shape[1:]))
+
+
+def _another(info: TensorInfo, dtype: np.dtype, shape: tuple[int, ...]) -> CheckpointError:
+    return CheckpointError(
+        f"tensor {brief(info.name)}: announced as {info.dtype} {list(info.shape)}, "
+        f"came as {dtype} {list(shape)}"
+    )
+
+
+class _Syncer:
+    """Brings a file to the disk while it is written, and out of the page cache.
+
+    So there is no long wait at the end, and an export larger than the memory does not drive out
+    what others keep there. On leaving without an exception, all is on the disk.
+    """
+
+    def __init__(self, descriptor: int, disk: "_DiskErrors"):
+        self._descriptor, self._disk = descriptor, disk
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="jaxquant-sync")
+        self._running: Future[None] | None = None
+        self._unsynced = 0
+
+    def wrote(self, nbytes: int) -> None:
+        """Counts; starts to sync when there is enough, after the sync before has ended."""
+        self._unsynced += nbytes
+        if self._unsynced >= _UNSYNCED_BYTES:
+            self._wait()
+            self._running = self._pool.submit(self._sync)
+            self._unsynced = 0
+
+    def _sync(self) -> None:
+        os.fsync(self._descriptor)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def _wait(self) -> None:
+        if self._running is not None:
+            with self._disk:
+                self._running.result()
+
+    def __enter__(self) -> "_Syncer":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        with self._pool:
+            if error is None:
+                self._wait()
+                with self._disk:
+                    self._sync()
 
 
 def _write_at(file: FileIO, offset: int, data: bytes | memoryview) -> None:
@@ -299,8 +464,8 @@ def _verify(partial: Path, shards: list[_Shard]) -> None:
 
 @contextmanager
 def _durable(path: Path) -> Iterator[BinaryIO]:
-    """Open a new file whose content is on the disk when the context ends."""
-    with path.open("xb") as file:
+    """Open a file whose content is on the disk when the context ends."""
+    with path.open("wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

@@ -43,6 +43,22 @@ class FusedRows:
         grouped = tensor.reshape(self.groups, -1, *tensor.shape[1:])
         return grouped[:, start:stop].reshape(-1, *tensor.shape[1:])
 
+    def runs(self, height: int, part: str, rows: range, block: int = 1) -> list[range]:
+        """Where rows of one projection lie in the whole, piece by piece.
+
+        Args:
+          height: rows of the whole tensor.
+          part: which projection.
+          rows: of it.
+          block: as in `take`.
+
+        >>> FusedRows({"wq": 4, "wk": 2, "wv": 2}, groups=2).runs(16, "wk", range(1, 4))
+        [range(5, 6), range(12, 14)]
+        """
+        where = self.take(np.arange(height), part, block)[rows.start : rows.stop]
+        cuts = np.flatnonzero(np.diff(where) != 1) + 1
+        return [range(int(run[0]), int(run[-1]) + 1) for run in np.split(where, cuts) if run.size]
+
     def join(self, tensors: Sequence[np.ndarray]) -> np.ndarray:
         """The whole tensor, or its scales, of those of the projections in their order."""
         grouped = [x.reshape(self.groups, -1, *x.shape[1:]) for x in tensors]

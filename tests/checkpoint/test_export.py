@@ -93,6 +93,13 @@ def test_content(tmp_path, source, weights):
         assert file.metadata() == {"format": "pt"}
 
 
+def test_the_report_says_what_it_took(tmp_path, source):
+    timing = jq.quantize_checkpoint(source, tmp_path / "fp8", CONFIG).timing
+    assert timing is not None
+    assert timing.stages.keys() == {"read", "transfer", "convert", "quantize", "write"}
+    assert timing.nbytes == sum(w.nbytes for w in builders.tensors().values())
+
+
 def test_what_is_kept_is_written_with_full_paths(tmp_path, source):
     config = dataclasses.replace(CONFIG, modules_to_not_convert=("layers.1.self_attn", "up_proj"))
     jq.quantize_checkpoint(source, tmp_path / "fp8", config)
@@ -195,18 +202,18 @@ def test_a_process_killed_in_the_middle_leaves_nothing_that_looks_finished(
     script = f"""
         import os, signal, sys
         import jaxquant as jq
-        from jaxquant.checkpoint import export
+        from jaxquant.checkpoint import stream
 
         seen = 0
 
-        def report_then_die(*args, report=export.tensor_report):
+        def report_then_die(*args, report=stream._report):
             global seen
             seen += 1
             if seen > {tensors_before}:
                 os.kill(os.getpid(), signal.SIGKILL)
             return report(*args)
 
-        export.tensor_report = report_then_die
+        stream._report = report_then_die
         config = jq.QuantConfig(weight_block_size={BLOCK})
         jq.quantize_checkpoint(*sys.argv[1:], config, max_shard_bytes=30_000)
     """

@@ -18,6 +18,9 @@ from builders import BLOCK, is_projection
 
 import jaxquant as jq
 from jaxquant.array import QuantizedArray
+from jaxquant.checkpoint.folder import CheckpointFolder
+from jaxquant.checkpoint.loader import load
+from jaxquant.checkpoint.plan import make_plan
 from jaxquant.errors import CheckpointError, JaxquantError
 from jaxquant.models.hf_config import HFConfig
 from jaxquant.models.registry import Family, places
@@ -115,10 +118,10 @@ class TestOnlineQuantization:
         assert_equal(parameters(model), quantized(weights, CONFIG))
 
     def test_tensors_of_several_slabs(self, monkeypatch, source, weights):
-        from jaxquant.checkpoint import loader
+        from jaxquant.checkpoint import stream
 
         whole = jq.from_pretrained(source, CONFIG)
-        monkeypatch.setattr(loader, "SLAB_ELEMENTS", BLOCK * 64)
+        monkeypatch.setattr(stream, "lanes", lambda: stream.Lanes(3, BLOCK * 64))
         slabs = jq.from_pretrained(source, CONFIG)
         assert_equal(parameters(slabs), quantized(weights, CONFIG))
         for a, b in zip(whole.report.tensors, slabs.report.tensors, strict=True):
@@ -128,6 +131,14 @@ class TestOnlineQuantization:
             assert (a.relative_error is None) == (b.relative_error is None)
             if a.relative_error is not None:
                 assert b.relative_error == pytest.approx(a.relative_error, rel=1e-5)
+
+    def test_devices_that_do_not_take_numpys_memory(self, monkeypatch, source, weights):
+        from jaxquant.checkpoint import loader, stream
+
+        monkeypatch.setattr(loader, "_host_zeros", jnp.zeros)
+        monkeypatch.setattr(stream, "lanes", lambda: stream.Lanes(3, BLOCK * 64))
+        model = jq.from_pretrained(source, CONFIG)
+        assert_equal(parameters(model), quantized(weights, CONFIG))
 
     def test_modules_to_not_convert_are_kept(self, source, weights):
         kept = ("model.layers.1.mlp", "q_proj")
@@ -355,6 +366,54 @@ class TestStoredFP8:
             jq.from_pretrained(folder, config)
 
 
+class TestSomeLayers:
+    """A stage of a pipeline reads its own layers, and nothing else of the files."""
+
+    def load(self, folder, layers, monkeypatch):
+        read, read_rows = set(), CheckpointFolder.read_rows
+
+        def spy(self, name, rows):
+            read.add(name)
+            return read_rows(self, name, rows)
+
+        monkeypatch.setattr(CheckpointFolder, "read_rows", spy)
+        with CheckpointFolder(folder) as opened:
+            plan = make_plan(opened, CONFIG).only(layers)
+            model, report = load(opened, plan, jnp.bfloat16)
+        assert {t.path.replace("/", ".") for t in report.tensors} == read
+        return model, plan, read
+
+    @pytest.mark.parametrize(
+        ("layers", "outside"),
+        [
+            (range(1), {"model.embed_tokens.weight"}),
+            (range(1, 2), {"model.norm.weight", "lm_head.weight"}),
+        ],
+    )
+    def test_of_untied(self, source, weights, monkeypatch, layers, outside):
+        model, plan, read = self.load(source, layers, monkeypatch)
+        inside = {name for name in weights if f"layers.{layers.start}." in name}
+        assert read == inside | outside
+        whole = jq.from_pretrained(source, CONFIG)
+        slots = {item.name: item.slot for item in plan.items}
+        full = places(whole.module, slots)
+        for name, place in places(model, slots).items():
+            got, expected = place.param.get_value(), full[name].param.get_value()
+            index, layer = (
+                (place.index, full[name].index) if place.index is not None else (..., ...)
+            )
+            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+                assert np.asarray(a)[index].tobytes() == np.asarray(b)[layer].tobytes()
+
+    def test_a_tied_head_takes_the_embedding_along(self, tmp_path, monkeypatch):
+        folder = builders.checkpoint(
+            tmp_path / "tied", config={**builders.CONFIG, "tie_word_embeddings": True}
+        )
+        _, _, read = self.load(folder, range(1, 2), monkeypatch)
+        assert {"model.norm.weight", "model.embed_tokens.weight"} <= read
+        assert not any("layers.0." in name for name in read)
+
+
 class TestTiedHead:
     def test_a_head_stored_twice_is_the_embedding(self, tmp_path):
         config = {**builders.CONFIG, "tie_word_embeddings": True}
@@ -528,6 +587,24 @@ def test_loading_needs_no_more_than_the_names_say(tmp_path, weights):
     weights["model.layers.2.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(CheckpointError, match=r"does not have: model\.layers\.2\.mlp"):
         jq.from_pretrained(builders.checkpoint(tmp_path / "w", weights))
+
+
+@pytest.mark.parametrize("config", [None, CONFIG])
+def test_the_report_says_what_it_took(source, config):
+    report = jq.from_pretrained(source, config).report
+    assert report.timing is not None
+    assert report.timing.nbytes == report.bytes_before
+    assert report.timing.seconds > 0
+    stages = {"read", "transfer", "convert", "place", *(["quantize"] if config else [])}
+    assert report.timing.stages.keys() == stages
+    assert report.timing.peak_memory is None or report.timing.peak_memory > report.bytes_after
+
+
+def test_the_bar_says_what_is_read_and_how_fast(source, capsys):
+    jq.from_pretrained(source, CONFIG, progress=True)
+    bar = capsys.readouterr().err
+    assert "Loading bf16" in bar
+    assert "B/s" in bar
 
 
 def test_parameters_lie_on_the_device(source):

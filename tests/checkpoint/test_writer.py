@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -127,6 +128,31 @@ def test_other_files_are_carried_over(tmp_path):
     path = write_folder(tmp_path / "out", sources(), config={}, files=[tokenizer])
     assert not (path / "tokenizer.json").is_symlink()
     assert (path / "tokenizer.json").read_text() == "tokens"
+    tokenizer.chmod(0o640)
+    path = write_folder(tmp_path / "again", sources(), config={}, files=[tokenizer])
+    assert stat.S_IMODE((path / "tokenizer.json").stat().st_mode) == 0o640
+
+
+def test_a_tensor_comes_in_pieces_or_whole(tmp_path):
+    x = np.arange(30, dtype=np.float32).reshape(10, 3)
+    y = np.arange(5, dtype=np.float32)
+    tensors = [
+        TensorSource("x", x.dtype, x.shape, lambda: iter([x[:4], x[4:5], x[5:5], x[5:]])),
+        TensorSource("y", y.dtype, y.shape, lambda: (y[i : i + 2] for i in (0, 2, 4))),
+    ]
+    found = read_back(write_folder(tmp_path / "out", tensors, config={}))
+    np.testing.assert_array_equal(found["x"], x)
+    np.testing.assert_array_equal(found["y"], y)
+
+
+@pytest.mark.parametrize("rows", [9, 11])
+def test_pieces_that_are_not_the_tensor_are_refused(tmp_path, rows):
+    def read():
+        return (np.zeros((1, 3), np.float32) for _ in range(rows))
+
+    announced = TensorSource("x", np.dtype(np.float32), (10, 3), read)
+    message = rf"^tensor 'x': announced as float32 \[10, 3\], came as float32 \[{rows}, 3\]"
+    refuse(tmp_path / "out", message, [*sources(), announced])
 
 
 def test_tensors_are_made_one_at_a_time_and_in_order(tmp_path):
@@ -315,7 +341,7 @@ def test_errors_of_the_caller_pass_through_and_leave_nothing(tmp_path, error, wh
 def test_what_does_not_read_back_is_not_kept(tmp_path):
     def spoil(s: TensorSource) -> None:
         (partial,) = tmp_path.iterdir()
-        with (partial / "model.safetensors").open("r+b") as file:
+        with (partial / "model.safetensors.unfinished").open("r+b") as file:
             content = file.read().replace(b'"F32"', b'"I32"')
             file.seek(0)
             file.write(content)
@@ -380,7 +406,7 @@ def test_a_kill_leaves_the_destination_as_it_was(tmp_path, moment, existing):
     result = run(KILLS[moment], out)
     assert result.returncode == -signal.SIGKILL, result.stderr
     (partial,) = (path for path in tmp_path.iterdir() if path != out)
-    assert partial.name.startswith(".out.partial-")
+    assert partial.name == ".out.jaxquant-partial"
     assert not (partial / "config.json").exists()
     with pytest.raises(CheckpointError):
         CheckpointFolder(partial).tensors  # noqa: B018
