@@ -226,7 +226,6 @@ def test_multi_token_prediction_is_left_out_and_reported(tmp_path, case):
     skipped = {t.path for t in model.report.tensors if "multi-token prediction" in t.reason}
     assert "model/layers/3/eh_proj/weight" in skipped
     assert all(path.startswith("model/layers/3/") for path in skipped)
-    assert model.report.bytes_after < model.report.bytes_before * 2
     tokens = expected(case)["tokens"]
     assert relative(model(tokens), expected(case)["logits"]) < TOLERANCE
     saved = model.save_pretrained(tmp_path / "saved")
