@@ -1,25 +1,31 @@
-"""Times `jaxquant.matmul` on a GPU against XLA's BF16 dot and against the XLA reference.
+"""Times matrix products on a GPU: this package's FP8, cuBLASLt's blocked FP8, XLA's FP8 and BF16.
 
-    python benchmarks/matmul.py [-m 1 4096] [-o benchmarks/results/matmul.md]
+    python benchmarks/matmul.py [-m 512 4096] [-o benchmarks/results/matmul.md]
 
-A time is that of everything one product launches, the quantization of its activations included,
-by two clocks:
+    BF16        XLA's dot of BF16 operands
+    FP8 tensor  XLA's dot of FP8 operands without scales: what FP8 costs with one scale per tensor
+    cuBLASLt    blocked FP8 (1x128 and 128x128 scales) by `torch.nn.functional.scaled_mm`, where
+                torch with CUDA is installed
+    jaxquant    this package's kernel on the same operands: quantized activations
+    with quant  `jaxquant.matmul` of BF16 activations, their quantization included; what one kernel
+                does both ways has no time of its own in the column before
 
-    kernels  the device times of its kernels, added up (CUPTI)
-    elapsed  wall-clock time of a jitted function of several products, over their number: with
-             the gaps between kernels and what the host takes to launch them
-
-Each product in that function has operands of its own, random, together more than the L2 cache
-holds where the shape allows it (at most 6 sets). Medians.
+One clock for all: the durations of the kernels on the device, by CUPTI, added up; jax's profiler
+of Mosaic kernels records torch's as well, since it is the process that CUPTI watches. Host time
+and gaps between kernels are in none of them. Every product in a run has random operands of its
+own, together more than the L2 cache holds where the shape allows it (at most 6 sets); runs follow
+one another without a pause, so that the GPU has the clock it keeps under load. Medians.
 """
 
 import argparse
 import datetime
+import math
+import os
 import pathlib
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -29,107 +35,225 @@ import jaxlib
 import jaxquant as jq
 from jaxquant.matmul import api
 
-MS = (1, 16, 64, 512, 4096)
-# An 8B model's projections (o, down, qkv, gate and up), then a small model's ragged ones.
+MS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 2048, 4096, 8192)
+# An 8B model's projections (o, down, qkv, gate and up), then DeepSeek-V3's.
 NKS = (
     (4096, 4096),
     (4096, 14336),
     (6144, 4096),
     (28672, 4096),
-    (576, 1536),
-    (1536, 576),
-    (192, 576),
+    (4096, 7168),
+    (2112, 7168),
+    (7168, 2048),
+    (7168, 16384),
+    (24576, 1536),
+    (32768, 512),
 )
-ROTATED_BYTES = 200 << 20
+# From here on products are bound by the tensor cores, below by reading the weight.
+PREFILL = 512
+ROTATED_BYTES = 150 << 20
 MAX_SETS = 6
 REPEATS = 5
+COLUMNS = ("BF16", "FP8 tensor", "cuBLASLt", "jaxquant", "with quant")
 
 
-def bf16(x: jax.Array, w: jax.Array) -> jax.Array:
-    """The product of an unquantized model."""
-    return api.matmul(x, w)
+def dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """XLA's product, in BF16; of FP8 operands XLA makes an FP8 product."""
+    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())))
 
 
-def mosaic_gpu(x: jax.Array, w: jq.QuantizedArray) -> jax.Array:
-    """FP8 by this package's kernels."""
+def with_quantization(x: jax.Array, w: jq.QuantizedArray) -> jax.Array:
+    """The product of a quantized model."""
     return api.matmul(x, w, implementation="mosaic_gpu")
 
 
-def xla(x: jax.Array, w: jq.QuantizedArray) -> jax.Array:
-    """FP8 by the XLA reference."""
-    return api.matmul(x, w, implementation="xla")
+def kernel(M: int, N: int, K: int) -> tuple[Callable[..., jax.Array], int, int] | None:
+    """The product of quantized operands, rows of xq and columns of sx that it takes; or None."""
+    from jaxquant.matmul import decode_sm90, gemm_sm90, gemv_sm90
+    from jaxquant.matmul.sm90 import round_up
+
+    sms = jax.devices()[0].core_count
+    if gemv_sm90.takes(M, K):
+        return None
+    layer, scale_rows = jnp.zeros(1, jnp.int32), round_up(M, 64)
+    args = {"out_dtype": jnp.bfloat16, "sms": sms}
+    if decode_sm90.takes(M, N, sms):
+        args |= {"M": M, "config": decode_sm90.default_config(M, N, K, sms)}
+        run, rows = decode_sm90.decode, decode_sm90.padded_tokens(M)
+    else:
+        args |= {"config": gemm_sm90.default_config(M, N, K, sms)}
+        run, rows = gemm_sm90.gemm, round_up(M, 8)
+
+    def product(x, w):
+        (xq, sx), (wq, sw) = x, w
+        return run(xq, sx, wq[None], sw[None], layer, **args)
+
+    return product, rows, scale_rows
 
 
-def operands(M: int, N: int, K: int) -> tuple[list[jax.Array], list[jax.Array], list[Any]]:
-    """Sets of x `[M, K]`, w `[N, K]` in BF16 and w quantized."""
-    sets = min(MAX_SETS, 2 + ROTATED_BYTES // (N * K))
-
-    @jax.jit
-    def make(key):
-        x_key, w_key = jax.random.split(key)
-        x = jax.random.normal(x_key, (M, K), jnp.bfloat16)
-        w = jax.random.normal(w_key, (N, K), jnp.bfloat16)
-        return x, w, jq.quantize(w)
-
-    made = [make(jax.random.key(i)) for i in range(sets)]
-    xs, ws, qs = zip(*made, strict=True)
-    return list(xs), list(ws), list(qs)
+@jax.jit(static_argnums=(1, 2))
+def random(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """FP8 that looks like quantized activations, BF16, or positive float32 scales."""
+    if dtype == jnp.float32:
+        return jax.random.uniform(key, shape, minval=0.5, maxval=1.5) * 1e-2
+    values = jax.random.normal(key, shape, jnp.bfloat16)
+    return (values * 120).astype(dtype) if dtype == jnp.float8_e4m3fn else values
 
 
-def each(product: Callable[..., jax.Array]) -> Callable[..., list[jax.Array]]:
-    """The product of every set of operands."""
+def make(like: Any, key: Any) -> Any:
+    """Random arrays for a tree of shapes."""
+    leaves, tree = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    return tree.unflatten([random(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)])
 
-    def run(xs, ws):
-        return [product(x, w) for x, w in zip(xs, ws, strict=True)]
+
+def sets_of(N: int, K: int) -> int:
+    """How many sets of operands a run goes through."""
+    return min(MAX_SETS, 2 + ROTATED_BYTES // (N * K))
+
+
+def compiled(product: Callable[..., jax.Array], x: Any, w: Any, sets: int, **options: Any) -> Any:
+    """Compiles; what is returned makes operands and gives a function that runs all products."""
+    one = jax.jit(product)
+    run = jax.jit(lambda xs, ws: [one(x, w) for x, w in zip(xs, ws, strict=True)])
+    like = [x] * sets, [w] * sets
+    run = run.lower(*like).compile(compiler_options=options)
+
+    def start():
+        args = make(like, jax.random.key(0))
+        return lambda: jax.block_until_ready(run(*args))
+
+    return start
+
+
+def compile_xla(M: int, N: int, K: int) -> dict[str, Callable[[], Any]]:
+    """XLA's products. While XLA tunes them, nothing else may run."""
+
+    def start(dtype, **options):
+        x, w = jax.ShapeDtypeStruct((M, K), dtype), jax.ShapeDtypeStruct((N, K), dtype)
+        return compiled(dot, x, w, sets_of(N, K), **options)
+
+    fp8 = start(jnp.float8_e4m3fn, xla_gpu_enable_triton_gemm=False)
+    return {"BF16": start(jnp.bfloat16), "FP8 tensor": fp8}
+
+
+def compile_ours(M: int, N: int, K: int) -> dict[str, Callable[[], Any]]:
+    """This package's products."""
+    bf16, fp8, shape, sets = jnp.bfloat16, jnp.float8_e4m3fn, jax.ShapeDtypeStruct, sets_of(N, K)
+    qvalue, scale = shape((N, K), fp8), shape((-(-N // 128), -(-K // 128)), jnp.float32)
+    w = jq.QuantizedArray(qvalue, scale, (128, 128), jnp.dtype(bf16))
+    runs = {"with quant": compiled(with_quantization, shape((M, K), bf16), w, sets)}
+    if (found := kernel(M, N, K)) is not None:
+        product, rows, scale_rows = found
+        x = shape((rows, K), fp8), shape((-(-K // 128), scale_rows), jnp.float32)
+        runs["jaxquant"] = compiled(product, x, (qvalue, scale), sets)
+    return runs
+
+
+def cublaslt_run(M: int, N: int, K: int) -> Callable[[], Any] | None:
+    """Runs cuBLASLt on every set of operands, or None where torch has it not."""
+    try:
+        import torch  # pyright: ignore
+        from torch.nn.functional import ScalingType, scaled_mm  # pyright: ignore
+    except ImportError:
+        return None
+    if M == 1 or not torch.cuda.is_available():  # it refuses M = 1
+        return None
+
+    def fp8(*shape):
+        values = torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 120
+        return values.to(torch.float8_e4m3fn)
+
+    def scales(rows, columns, padded):
+        values = torch.zeros(rows, padded, device="cuda")
+        values[:, :columns] = (torch.rand(rows, columns, device="cuda") + 0.5) * 1e-2
+        return values
+
+    steps = -(-K // 128)
+    operands = [(fp8(M, K), fp8(N, K)) for _ in range(sets_of(N, K))]
+    sx = scales(steps, M, M).t()
+    sw = scales(-(-N // 128), steps, -(-steps // 4) * 4).t()  # rows of whole 16 bytes
+
+    def run():
+        for x, w in operands:
+            scaled_mm(
+                x, w.t(), scale_a=sx, scale_recipe_a=ScalingType.BlockWise1x128, scale_b=sw,
+                scale_recipe_b=ScalingType.BlockWise128x128, output_dtype=torch.bfloat16,
+            )  # fmt: skip
+        torch.cuda.synchronize()
 
     return run
 
 
-def kernel_microseconds(run: Any, args: Sequence[Any], products: int) -> float:
+def kernel_microseconds(run: Callable[[], Any], products: int) -> float:
     """Device time of one product's kernels."""
-    from jax.experimental.mosaic.gpu import profiler
+    from jax._src.lib import mosaic_gpu  # its public face, `profiler.Cupti`, takes jitted functions
 
-    times: Any
-    _, times = profiler.Cupti(finalize=False).measure(run, iterations=REPEATS)(*args)
-    if not times:
-        raise RuntimeError("CUPTI saw no kernels")
-    return statistics.median(times) * 1e3 / products
-
-
-def elapsed_microseconds(run: Any, args: Sequence[Any], products: int) -> float:
-    """Wall-clock time of one product, several calls in flight."""
-    calls = 10
-    jax.block_until_ready(run(*args))
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        jax.block_until_ready([run(*args) for _ in range(calls)][-1])
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e6 / (calls * products)
+    cupti: Any = mosaic_gpu._mosaic_gpu_ext  # pyright: ignore
+    run()
+    run()
+    cupti._cupti_init()
+    try:
+        for _ in range(REPEATS):
+            run()
+    finally:
+        times = [milliseconds for _, milliseconds in cupti._cupti_get_timings(False)]
+    if not times or len(times) % REPEATS:
+        raise RuntimeError(f"CUPTI saw {len(times)} kernels in {REPEATS} runs")
+    kernels = len(times) // REPEATS
+    totals = [sum(times[i : i + kernels]) for i in range(0, len(times), kernels)]
+    return statistics.median(totals) * 1e3 / products
 
 
-def measure(M: int, N: int, K: int) -> dict[str, tuple[float, float]]:
-    """(kernels, elapsed) in microseconds, by implementation."""
-    xs, ws, qs = operands(M, N, K)
-    times = {}
-    for product, weights in ((bf16, ws), (mosaic_gpu, qs), (xla, qs)):
-        run = jax.jit(each(product)).lower(xs, weights).compile()
-        timed = run, (xs, weights), len(xs)
-        times[product.__name__] = (kernel_microseconds(*timed), elapsed_microseconds(*timed))
+def measure(M: int, N: int, K: int, ours: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Microseconds by column."""
+    starts = ours | compile_xla(M, N, K)
+    times = {name: kernel_microseconds(start(), sets_of(N, K)) for name, start in starts.items()}
+    if (run := cublaslt_run(M, N, K)) is not None:
+        times["cuBLASLt"] = kernel_microseconds(run, sets_of(N, K))
     return times
 
 
-HEADER = """\
-| M | N | K | BF16 | FP8 | FP8 / BF16 speed | XLA FP8 | BF16 elapsed | FP8 elapsed | elapsed speed |
-|--:|--:|--:|-----:|----:|-----------------:|--------:|-------------:|------------:|--------------:|"""
+def speed(times: dict[str, float]) -> float | None:
+    """Ours over cuBLASLt's."""
+    if "cuBLASLt" not in times or "jaxquant" not in times:
+        return None
+    return times["cuBLASLt"] / times["jaxquant"]
 
 
-def row(M: int, N: int, K: int, times: dict[str, tuple[float, float]]) -> str:
+def row(M: int, N: int, K: int, times: dict[str, float]) -> str:
     """One line of the table."""
-    (b, b_wall), (f, f_wall), (x, _) = (times[n] for n in ("bf16", "mosaic_gpu", "xla"))
-    cells = [M, N, K, f"{b:.1f}", f"{f:.1f}", f"{b / f:.2f}", f"{x:.1f}"]
-    cells += [f"{b_wall:.1f}", f"{f_wall:.1f}", f"{b_wall / f_wall:.2f}"]
+    cells = [M, N, K, *(f"{times[c]:.1f}" if c in times else "" for c in COLUMNS)]
+    ratio = speed(times)
+    cells.append("" if ratio is None else f"{ratio:.2f}")
+    cells.append(f"{times['BF16'] / times['with quant']:.2f}")
     return f"| {' | '.join(map(str, cells))} |"
+
+
+HEADER = f"""\
+| M | N | K | {" | ".join(COLUMNS)} | jaxquant / cuBLASLt speed | with quant / BF16 speed |
+|--:|--:|--:|{"--:|" * len(COLUMNS)}--:|--:|"""
+
+
+def summary(results: dict[tuple[int, int, int], dict[str, float]]) -> str:
+    """Geometric means against cuBLASLt."""
+
+    def line(name: str, ratios: Sequence[float]) -> str:
+        mean = math.exp(statistics.fmean(map(math.log, ratios)))
+        return f"- {name}: {mean:.3f}, {min(ratios):.3f} to {max(ratios):.3f} ({len(ratios)})"
+
+    prefill, few, by_m = [], [], {}
+    for (M, *_), times in results.items():
+        if (ratio := speed(times)) is not None:
+            (prefill if M >= PREFILL else few).append(ratio)
+            by_m.setdefault(M, []).append(ratio)
+    groups = {f"M >= {PREFILL}": prefill, f"1 < M < {PREFILL}": few}
+    groups |= {f"M = {M}": ratios for M, ratios in by_m.items()}
+    lines = [line(name, ratios) for name, ratios in groups.items() if ratios]
+    return "\n".join(
+        ["", "Speed over cuBLASLt, geometric mean, least and most (shapes):", "", *lines]
+    )
 
 
 def main() -> None:
@@ -138,25 +262,34 @@ def main() -> None:
     default = pathlib.Path(__file__).parent / "results" / f"matmul-{date}.md"
     parser.add_argument("-o", "--output", type=pathlib.Path, default=default)
     parser.add_argument("-m", "--tokens", type=int, nargs="+", default=MS, metavar="M")
+    parser.add_argument("-n", "--shapes", type=int, default=len(NKS), help="of NxK, the first n")
     args = parser.parse_args()
 
+    # As one CUDA graph, independent products would run at the same time.
+    flags = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_enable_command_buffer="
+    os.environ["XLA_FLAGS"] = " ".join(flags)
     device = jax.devices()[0]
     if device.platform != "gpu":
         sys.exit(f"benchmarks/matmul.py times GPU kernels; the device is a {device.platform}")
     title = (
         f"# Matrix products, microseconds\n\n{device.device_kind}, {date}, jax {jax.__version__}, "
-        f"jaxlib {jaxlib.__version__}, jaxquant {jq.__version__}. FP8 is W8A8 with the "
-        "quantization of BF16 activations included; results in BF16; random data. Kernel times by "
-        "CUPTI; elapsed: wall clock of many products in one jitted function, over their number.\n"
+        f"jaxlib {jaxlib.__version__}, jaxquant {jq.__version__}. Times of kernels by CUPTI; "
+        "random data; results in BF16. `benchmarks/matmul.py` says what the columns are.\n"
     )
     lines = [title, HEADER]
     print("\n".join(lines), flush=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    for M in args.tokens:
-        for N, K in NKS:
-            lines.append(row(M, N, K, measure(M, N, K)))
+    results = {}
+    shapes = [(M, N, K) for M in args.tokens for N, K in NKS[: args.shapes]]
+    with ThreadPoolExecutor() as pool:  # compiles ahead of what is measured
+        for shape, ours in zip(shapes, pool.map(lambda s: compile_ours(*s), shapes), strict=True):
+            results[shape] = measure(*shape, ours)
+            lines.append(row(*shape, results[shape]))
             print(lines[-1], flush=True)
             args.output.write_text("\n".join(lines) + "\n")
+    lines.append(summary(results))
+    print(lines[-1])
+    args.output.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -176,18 +176,20 @@ def take_layer(stack: Array, layer: Any) -> Array:
 
     XLA:CPU moves float8 by way of float16, and all of the stack for one layer of it.
     """
+    if jax.default_backend() == "cpu":
+        # Keeps a loop over layers from taking the bytes of the whole stack in front of it.
+        stack, layer = lax.optimization_barrier((stack, layer))
     layer_bytes = lax.dynamic_index_in_dim(_bytes(stack), layer, keepdims=False)
     return lax.bitcast_convert_type(layer_bytes, stack.dtype)
 
 
-def put(param: Array, rows: Array, layer: Any, row: Any) -> Array:
-    """`param` with `param[layer, row : row + len(rows)] = rows`, FP8 values moved as bytes.
+def put(param: Array, rows: Array, index: tuple, row: Any) -> Array:
+    """`param` with `param[*index, row : row + len(rows)] = rows`, FP8 values moved as bytes.
 
-    In place if `param` is donated. `layer` is None if there is no axis of layers.
+    In place if `param` is donated. `index` is of the leading axes: layers, experts.
     """
-    start = (row, *(0 for _ in rows.shape[1:]))
-    if layer is not None:
-        rows, start = rows[None], (layer, *start)
+    start = (*index, row, *(0 for _ in rows.shape[1:]))
+    rows = rows.reshape(*(1 for _ in index), *rows.shape)
     new = lax.dynamic_update_slice(_bytes(param), _bytes(rows), start)
     return lax.bitcast_convert_type(new, param.dtype)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -160,13 +161,27 @@ class QuantConfig:
 
 
 def keeps_module(config: QuantConfig, path: Sequence[str]) -> str | None:
-    """The entry of `modules_to_not_convert` that a path of components matches, or None."""
-    for entry in config.modules_to_not_convert:
-        parts = entry.replace("/", ".").split(".")
-        n = len(parts)
-        if any(list(path[i : i + n]) == parts for i in range(len(path) - n + 1)):
-            return entry
-    return None
+    """An entry of `modules_to_not_convert` that a path of components matches, or None."""
+    entries = _entries_of(config.modules_to_not_convert)
+    return next(
+        (
+            same_length[run]
+            for n, same_length in entries.items()
+            for i in range(len(path) - n + 1)
+            if (run := tuple(path[i : i + n])) in same_length
+        ),
+        None,
+    )
+
+
+@functools.lru_cache
+def _entries_of(names: tuple[str, ...]) -> dict[int, dict[tuple[str, ...], str]]:
+    """Entries by their number of components: models have thousands of paths, lists hundreds."""
+    entries: dict[int, dict[tuple[str, ...], str]] = {}
+    for name in names:
+        parts = tuple(name.replace("/", ".").split("."))
+        entries.setdefault(len(parts), {}).setdefault(parts, name)
+    return entries
 
 
 def _check_choice(field: str, value: object, allowed: tuple) -> None:

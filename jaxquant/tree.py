@@ -81,9 +81,8 @@ def decide(
 ) -> Decision:
     """Whether the parameter at a '/'-joined path becomes FP8, and why (not)."""
     slashed = path.replace(".", "/")  # names of a flat dict, as in a checkpoint
-    rule = next(
-        (r for r in rules if re.search(r.pattern, path) or re.search(r.pattern, slashed)), None
-    )
+    texts = {path, slashed}
+    rule = next((r for r in rules if any(re.search(r.pattern, text) for text in texts)), None)
 
     def keep(reason: str) -> Decision:
         return Decision(None, False, reason, rule)

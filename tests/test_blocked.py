@@ -427,10 +427,10 @@ def test_layers_are_taken_and_rows_put_bit_for_bit(dtype):
     rows = stack[1, :2]
     expected = stack.copy()
     expected[2, 1:3] = rows
-    assert differing(jax.jit(blocked.put)(stack, rows, 2, 1), expected) == 0
+    assert differing(jax.jit(blocked.put)(stack, rows, (2,), 1), expected) == 0
     matrix = stack[0].copy()
     matrix[2:] = rows
-    assert differing(blocked.put(jnp.asarray(stack[0]), jnp.asarray(rows), None, 2), matrix) == 0
+    assert differing(blocked.put(jnp.asarray(stack[0]), jnp.asarray(rows), (), 2), matrix) == 0
 
 
 # Edges and bad input ------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from jaxquant import blocked
 from jaxquant.array import QuantizedArray
 from jaxquant.blocked import grid_shape
 from jaxquant.checkpoint.folder import CheckpointFolder
-from jaxquant.checkpoint.loader import Tally, row_slabs, tensor_report
+from jaxquant.checkpoint.loader import Tally, row_slabs, skipped_reports, tensor_report
 from jaxquant.checkpoint.plan import Item, Plan, make_plan
 from jaxquant.checkpoint.writer import DEFAULT_SHARD_BYTES, TensorSource, write_folder
 from jaxquant.config import QuantConfig
@@ -85,12 +85,13 @@ def quantize_checkpoint(
             write_folder(
                 directory,
                 sources,
-                config=_with_quantization(folder.config, config, _kept(plan)),
+                config=_with_quantization(_as_loaded(folder.config), config, _kept(plan)),
                 files=folder.other_files(),
                 max_shard_bytes=max_shard_bytes,
                 overwrite=overwrite,
                 on_tensor=advance,
             )
+        entries += skipped_reports(folder, plan)
     return QuantReport(tuple(entries))
 
 
@@ -124,7 +125,7 @@ def save_model(
     dtype = jnp.dtype(module.embed_tokens.weight.get_value().dtype).name
     key = "dtype" if "dtype" in hf_config else "torch_dtype"
     hf_config = {k: v for k, v in hf_config.items() if k not in _QUANTIZATION_KEYS}
-    hf_config = {**hf_config, key: dtype}
+    hf_config = {**_as_loaded(hf_config), key: dtype}
     if config is not None:
         hf_config = _with_quantization(hf_config, config, kept)
     return write_folder(directory, sources, config=hf_config, files=files, **options)
@@ -210,13 +211,13 @@ def _quantized_sources(
 
 
 def _array_sources(
-    name: str, value: Any, shape: tuple[int, ...], index: int | None = None, row: int = 0
+    name: str, value: Any, shape: tuple[int, ...], index: tuple[int, ...] = (), row: int = 0
 ) -> Iterator[TensorSource]:
     """Of an array, stored as `shape`: one of a stack, the rows from `row` on."""
 
     def source(name: str, array: Any, shape: tuple[int, ...], row: int) -> TensorSource:
         def read() -> np.ndarray:
-            whole = np.asarray(array if index is None else _take_layer(array, index))
+            whole = np.asarray(_take(array, index) if index else array)
             return np.ascontiguousarray(whole[row : row + shape[0]]) if shape else whole
 
         return TensorSource(name, np.dtype(array.dtype), shape, read)
@@ -228,6 +229,11 @@ def _array_sources(
         yield source(name + _SCALE_SUFFIX, value.scale, grid, row // value.block_size[0])
     else:
         yield source(name, value, shape, row)
+
+
+@jax.jit
+def _take(array: jax.Array, index: tuple) -> jax.Array:
+    return functools.reduce(blocked.take_layer, index, array)
 
 
 def _fuse(
@@ -273,9 +279,6 @@ def _join(
     )
 
 
-_take_layer = jax.jit(blocked.take_layer)
-
-
 @functools.partial(jax.jit, static_argnums=1)
 def _quantize(w: jax.Array, config: QuantConfig) -> tuple[QuantizedArray, Any, Any, Any]:
     qa = blocked.quantize(w, config)
@@ -303,6 +306,12 @@ def _kept(plan: Plan) -> list[str]:
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and name.endswith(".weight") and "embed" not in name
+
+
+def _as_loaded(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of what is loaded: layers that predict further tokens are not."""
+    mtp = "num_nextn_predict_layers"
+    return {**hf_config, mtp: 0} if mtp in hf_config else dict(hf_config)
 
 
 def _with_quantization(

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxquant.checkpoint.reader import SafetensorsFile, TensorInfo, brief
 from jaxquant.errors import CheckpointError
-from jaxquant.models.fused import FusedRows, rows_of
+from jaxquant.models.fused import FusedRows, StackedExperts, rows_of
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -80,6 +80,24 @@ class CheckpointFolder:
                     of = block if "scale" in kind else 1
                     self._parts[f"{module}.{part}.{kind}"] = _Part(whole, rows, part, of)
 
+    def unstack(self, stacked: StackedExperts, block: int = 1) -> None:
+        """From now on, has a tensor for each projection of each expert in place of stacked ones.
+
+        Args:
+          stacked: how experts lie.
+          block: rows of the weights to a row of their scales.
+        """
+        matches = {name: match for name in self._shard_of if (match := stacked.match(name))}
+        for whole, (experts, rows, kind) in matches.items():
+            of = block if "scale" in kind else 1
+            for e in range(stacked.num_experts):
+                for part in rows.parts:
+                    name = f"{experts}.{e}.{part}.{kind}"
+                    self._parts[name] = _Part(whole, rows, part, of, (e, stacked.num_experts))
+        for name in self._shard_of if matches else ():
+            if name not in matches and (other := stacked.rename(name)) != name:
+                self._parts[other] = _Part(name, None, "", 1)
+
     @property
     def names(self) -> tuple[str, ...]:
         """The names of all tensors, sorted; costs no shard's opening."""
@@ -133,7 +151,7 @@ class CheckpointFolder:
             return file.read(name)
         part.shape(file.tensors[part.whole], file.path)
         if self._copied[0] != name:
-            self._copied = name, part.rows.take(file.read(part.whole), part.name, part.block)
+            self._copied = name, part.take(file.read(part.whole))
         return self._copied[1]
 
     def release(self, name: str) -> None:
@@ -188,19 +206,43 @@ class CheckpointFolder:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """The rows of one projection in a tensor that holds several."""
+    """The rows of one projection in a tensor that holds several.
+
+    Attributes:
+      whole: name of that tensor.
+      rows: how the rows lie; None: this is the whole, under another name.
+      name: of the projection.
+      block: rows of the weights to a row of the tensor.
+      expert: number of the expert, and of how many, if the tensor has a leading axis of experts.
+    """
 
     whole: str
-    rows: FusedRows
+    rows: FusedRows | None
     name: str
     block: int
+    expert: tuple[int, int] | None = None
+
+    def take(self, tensor: np.ndarray) -> np.ndarray:
+        """The part, given the whole."""
+        if self.expert is not None:
+            tensor = tensor[self.expert[0]]
+        return tensor if self.rows is None else self.rows.take(tensor, self.name, self.block)
 
     def shape(self, info: TensorInfo, path: Path) -> tuple[int, ...]:
         """Of the part, given the whole and the file that it is in."""
-        rows, sizes = self.rows, self.rows.parts
+        if self.rows is None:
+            return info.shape
+        rows, sizes, shape = self.rows, self.rows.parts, info.shape
         where = f"{path}: tensor {brief(self.whole)}"
+        if self.expert is not None:
+            if len(shape) != 3 or shape[0] != self.expert[1]:
+                raise CheckpointError(
+                    f"{where} has shape {list(shape)}; config.json asks for {self.expert[1]} "
+                    f"experts: [{self.expert[1]}, out, in]"
+                )
+            shape = shape[1:]
         want = -(-rows.groups * sum(sizes.values()) // self.block)
-        if not info.shape or info.shape[0] != want:
+        if not shape or shape[0] != want:
             raise CheckpointError(
                 f"{where} has shape {list(info.shape)}; config.json asks for {want} rows, of "
                 + ", ".join(sizes)
@@ -211,7 +253,7 @@ class _Part:
                 f"({', '.join(f'{part} {size}' for part, size in sizes.items())} rows); start from "
                 "the BF16 checkpoint"
             )
-        return (rows.groups * -(-sizes[self.name] // self.block), *info.shape[1:])
+        return (rows.groups * -(-sizes[self.name] // self.block), *shape[1:])
 
 
 def find_weights(folder: Path) -> dict[Path, frozenset[str]]:

@@ -71,13 +71,14 @@ def load(
         tally.add(*jax.device_get(slab.outcome))
         bar.update(slab.nbytes)
         if slab.last:
+            kept_dtype = jnp.dtype(place_of[slab.item.name].param.get_value().dtype)
             if not tally.finite:
-                as_dtype = "" if slab.item.config else f" as {dtype.name}"
+                as_dtype = "" if slab.item.config else f" as {kept_dtype.name}"
                 raise CheckpointError(
                     f"{folder.shard_of(slab.item.name)}: tensor {slab.item.name} holds NaN or Inf"
                     + as_dtype
                 )
-            entries.append(tensor_report(folder, slab.item, dtype, tally.relative_error()))
+            entries.append(tensor_report(folder, slab.item, kept_dtype, tally.relative_error()))
             tally.clear()
             folder.release(slab.item.name)
 
@@ -98,7 +99,7 @@ def load(
             place.param.set_value(value)
         while queue:
             settle(queue.popleft())
-    return model, QuantReport(tuple(entries))
+    return model, QuantReport((*entries, *skipped_reports(folder, plan)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +190,7 @@ def _read(folder: CheckpointFolder, item: Item, rows: slice, dtype: Any) -> Any:
 
 def _allocate(param: jax.ShapeDtypeStruct, config: QuantConfig | None, dtype: Any) -> Any:
     if config is None:
-        return jnp.zeros(param.shape, dtype)
+        return jnp.zeros(param.shape, param.dtype)
     grid = grid_shape(param.shape, config.weight_block_size)
     return QuantizedArray(
         jnp.zeros(param.shape, config.fmt_dtype),
@@ -206,17 +207,17 @@ def _numerics(config: QuantConfig | None) -> QuantConfig | None:
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=(4, 5))
 def _store(
-    param: Any, piece: Any, layer: Any, row: Any, config: QuantConfig | None, dtype: Any
+    param: Any, piece: Any, index: Any, row: Any, config: QuantConfig | None, dtype: Any
 ) -> tuple[Any, jax.Array, jax.Array | None, jax.Array | None]:
     """The parameter with rows of a tensor in it; whether they are finite; norms of error and rows.
 
-    `layer` is None if the parameter is no stack.
+    `index` is of the leading axes of the parameter.
     """
     error = norm = None
     if isinstance(piece, QuantizedArray):
         finite = jnp.isfinite(piece.dequantize(jnp.float32)).all()
     elif config is None:
-        piece = piece.astype(dtype)  # for which a value may be too large
+        piece = piece.astype(param.dtype)  # for which a value may be too large
         finite = jnp.isfinite(piece).all()
     else:
         # The barrier keeps XLA from quantizing again in each fusion that uses the result.
@@ -226,13 +227,20 @@ def _store(
         # A block's scale is finite exactly when all of its weights are.
         finite = jnp.isfinite(piece.scale).all()
     if not isinstance(piece, QuantizedArray):
-        return blocked.put(param, piece, layer, row), finite, error, norm
+        return blocked.put(param, piece, index, row), finite, error, norm
     param = dataclasses.replace(
         param,
-        qvalue=blocked.put(param.qvalue, piece.qvalue, layer, row),
-        scale=blocked.put(param.scale, piece.scale, layer, row // param.block_size[0]),
+        qvalue=blocked.put(param.qvalue, piece.qvalue, index, row),
+        scale=blocked.put(param.scale, piece.scale, index, row // param.block_size[0]),
     )
     return param, finite, error, norm
+
+
+def skipped_reports(folder: CheckpointFolder, plan: Plan) -> Iterator[TensorReport]:
+    """The reports of tensors that the model does without."""
+    for name in plan.skipped:
+        info, reason = folder.info(name), "multi-token prediction: not loaded"
+        yield TensorReport(name.replace(".", "/"), info.shape, False, reason, info.nbytes, 0)
 
 
 def tensor_report(

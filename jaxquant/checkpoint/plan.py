@@ -18,7 +18,7 @@ from jaxquant.config import QuantConfig, keeps_module
 from jaxquant.errors import CheckpointError
 from jaxquant.models.fused import FusedRows, whole_name
 from jaxquant.models.hf_config import HFConfig
-from jaxquant.models.registry import Family, Slot
+from jaxquant.models.registry import EXPERTS, Family, Slot
 from jaxquant.tree import decide
 
 # Buffers that old checkpoints carry and models recompute.
@@ -55,12 +55,14 @@ class Plan:
       family: of the model.
       config: how the model is quantized, or None.
       stored: whether the checkpoint is FP8 already.
+      skipped: names of tensors that the model does without.
     """
 
     items: tuple[Item, ...]
     family: Family
     config: QuantConfig | None
     stored: bool
+    skipped: tuple[str, ...] = ()
 
 
 def make_plan(folder: CheckpointFolder, config: QuantConfig | None) -> Plan:
@@ -87,22 +89,27 @@ def make_plan(folder: CheckpointFolder, config: QuantConfig | None) -> Plan:
             f"{source}: the checkpoint is FP8 already ({stored.describe()}), but "
             f"{config.describe()} was asked for; load it as it is, or start from the BF16 one"
         )
-    folder.split(family.fused, 1 if stored is None else stored.weight_block_size[0])
+    block = 1 if stored is None else stored.weight_block_size[0]
+    folder.split(family.fused, block)
+    if family.stacked is not None:
+        folder.unstack(family.stacked, block)
     slots = family.slots()
     if config is not None:
         _check_kept_modules(folder, config, slots)
     scales = _scale_names(folder, slots)
-    _check_names(folder, slots, set(scales.values()), family.fused)
+    skipped = tuple(filter(family.skips, folder.names))
+    _check_names(folder, slots, {*scales.values(), *skipped}, family.fused)
     items = tuple(
         _item(folder, name, slot, config, stored, scales.get(name)) for name, slot in slots.items()
     )
+    _check_experts(folder, items)
     result = config or stored
     if result is not None and not any(item.config for item in items):
         raise CheckpointError(
             f"{folder.path}: FP8 was asked for, but no tensor would be quantized; "
             f"modules_to_not_convert is {list(result.modules_to_not_convert)}"
         )
-    return Plan(items, family, result, stored is not None)
+    return Plan(items, family, result, stored is not None, skipped)
 
 
 def _item(
@@ -152,10 +159,16 @@ def _check_kept_modules(
     folder: CheckpointFolder, config: QuantConfig, slots: Iterable[str]
 ) -> None:
     paths = [name.split(".") for name in slots]
-    for entry in config.modules_to_not_convert:
-        only = dataclasses.replace(config, modules_to_not_convert=(entry,))
-        # A tied head is named by habit, and has no tensor.
-        if entry != "lm_head" and not any(keeps_module(only, path) for path in paths):
+    names = {
+        tuple(entry.replace("/", ".").split(".")): entry for entry in config.modules_to_not_convert
+    }
+    lengths = {len(parts) for parts in names}
+    for path in paths:  # once through, as there may be thousands of paths and hundreds of names
+        for n in lengths:
+            for i in range(len(path) - n + 1):
+                names.pop(tuple(path[i : i + n]), None)
+    for entry in names.values():
+        if entry != "lm_head":  # a tied head is named by habit, and has no tensor
             raise CheckpointError(
                 f"{folder.path}: modules_to_not_convert has {entry!r}, which is no module of the "
                 f"model; modules are named like {'.'.join(paths[1][:-1])}"
@@ -195,7 +208,7 @@ def _scale_names(folder: CheckpointFolder, names: Iterable[str]) -> dict[str, st
 def _check_names(
     folder: CheckpointFolder,
     slots: Mapping[str, Slot],
-    scales: set[str],
+    others: set[str],
     fused: Mapping[str, FusedRows],
 ) -> None:
     present = set(folder.names)
@@ -204,13 +217,28 @@ def _check_names(
         raise CheckpointError(f"{folder.path}: missing tensors: {_some(list(missing))}")
     tied = set() if "lm_head.weight" in slots else {"lm_head.weight"}  # some store it twice
     unexpected = sorted(
-        name for name in present - slots.keys() - scales - tied if not _IGNORED.search(name)
+        name for name in present - slots.keys() - others - tied if not _IGNORED.search(name)
     )
     if unexpected:
         raise CheckpointError(
             f"{folder.path}: tensors that config.json's architecture does not have: "
             + _some(unexpected)
         )
+
+
+def _check_experts(folder: CheckpointFolder, items: Iterable[Item]) -> None:
+    """All projections of a layer's experts are FP8 alike, or none: they are stacked."""
+    first: dict[int | None, Item] = {}
+    for item in items:
+        if item.slot.product == EXPERTS:
+            other = first.setdefault(item.slot.layer, item)
+            if item.config != other.config:
+                quantized, kept = (item, other) if item.config else (other, item)
+                raise CheckpointError(
+                    f"{folder.path}: tensor {quantized.name} is to be FP8 ({quantized.reason}), "
+                    f"but {kept.name} is not ({kept.reason}); allowed: all experts of a layer, or "
+                    "none of them"
+                )
 
 
 def _some(names: list[str], n: int = 4) -> str:

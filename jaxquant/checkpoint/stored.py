@@ -8,6 +8,7 @@ from jaxquant.errors import CheckpointError
 
 # What the scales of `X.weight` add to its name: DeepSeek and transformers, llm-compressor.
 SCALE_SUFFIXES = ("_scale_inv", "_scale")
+_MEND = "start from the original BF16 checkpoint"
 
 
 def stored_quantization(config: Mapping[str, Any], source: str) -> QuantConfig | None:
@@ -33,11 +34,14 @@ def stored_quantization(config: Mapping[str, Any], source: str) -> QuantConfig |
         if method != "fp8":
             raise CheckpointError(
                 f"{source}: the checkpoint is quantized with {method!r}; allowed: fp8 or "
-                "compressed-tensors with 2-D blocks; start from the original BF16 checkpoint"
+                f"compressed-tensors with 2-D blocks; {_MEND}"
             )
         if fields.get("weight_block_size") is None:
             raise ConfigError(
-                "weight_block_size", None, "a pair of positive ints (FP8 without blocks is not)"
+                "weight_block_size",
+                None,
+                "a pair of positive ints (FP8 without blocks, one scale per tensor, is not); "
+                + _MEND,
             )
         return QuantConfig.from_dict(fields)
     except ConfigError as e:
@@ -51,8 +55,13 @@ def _compressed_tensors(fields: Mapping[str, Any]) -> QuantConfig:
     (group,) = groups.values()
     weights = group.get("weights") if isinstance(group, Mapping) else None
     wanted = {"num_bits": 8, "type": "float", "strategy": "block"}
+    strategy = weights.get("strategy") if isinstance(weights, Mapping) else None
+    if isinstance(strategy, str) and strategy in ("tensor", "channel"):
+        field, allowed = "config_groups.weights.strategy", '"block" (one scale per '
+        raise ConfigError(field, strategy, f"{allowed}{strategy} is not); {_MEND}")
     if not isinstance(weights, Mapping) or any(weights.get(k) != v for k, v in wanted.items()):
-        raise ConfigError("config_groups.weights", weights, f"{wanted} with block_structure")
+        allowed = f"{wanted} with block_structure; {_MEND}"
+        raise ConfigError("config_groups.weights", weights, allowed)
     activations = group.get("input_activations")
     dynamic = isinstance(activations, Mapping) and activations.get("dynamic") is True
     if activations is not None and not dynamic:

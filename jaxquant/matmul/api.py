@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxquant.array import QuantizedArray
 from jaxquant.errors import JaxquantError
 from jaxquant.matmul import mosaic_gpu, xla
+from jaxquant.matmul.prologue import Prologue
 
 # Tried in this order. One that cannot run raises NotImplementedError with the reason; the plain
 # XLA reference runs anywhere, so it is last.
@@ -19,14 +20,21 @@ IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu.matmul, "xla": xla.matmul}
 
 
 def matmul(
-    x: Float[Array, "*batch K"],
+    x: Float[Array, "*batch A"],
     w: QuantizedArray | Float[Array, "*L N K"],
     *,
     layer: Int[Array, ""] | int | None = None,
+    prologue: Prologue | None = None,
+    bias: Float[Array, "..."] | None = None,
+    residual: Float[Array, "..."] | None = None,
     preferred_element_type: Any = None,
     implementation: str | None = None,
 ) -> Float[Array, "*batch N"]:
-    """`x @ w^T` for a K-major weight, quantized or not.
+    """`x @ w^T` for a K-major weight, quantized or not, with what stands before and after it.
+
+        y = prologue(x) @ w^T + bias + residual
+
+    where the product and each sum are rounded to the result's dtype, as separate operations are.
 
     For a QuantizedArray with blocks (bo, bi) and `activation_scheme="dynamic"`,
 
@@ -37,9 +45,13 @@ def matmul(
     kernel) is stored K-major too, so there `y = x @ w`.
 
     Args:
-      x: `[..., K]`, floating.
+      x: `[..., K]`, floating; or what the prologue makes that of.
       w: `[N, K]`, or a stack `[L, N, K]` with `layer`.
       layer: which matrix of the stack, possibly traced.
+      prologue: applied to x; see `jaxquant.matmul.prologue`. Kernels quantize what it gives without
+        writing it to memory.
+      bias: `[N]`, or a stack `[L, N]`.
+      residual: `[..., N]`.
       preferred_element_type: dtype of the result; default x's.
       implementation: forces one of `IMPLEMENTATIONS`; default: the first that can run.
 
@@ -54,27 +66,28 @@ def matmul(
     >>> matmul(jnp.ones((1, 256)), quantize(jnp.ones((3, 256))))[0, 0].item()
     256.0
     """
-    _check(x, w, layer)
+    _check(x, w, layer, prologue, bias, residual)
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise JaxquantError(
             f"matmul: implementation is {implementation!r}; allowed: {', '.join(IMPLEMENTATIONS)}"
         )
     out_dtype = jnp.dtype(x.dtype if preferred_element_type is None else preferred_element_type)
+    around = prologue, bias, residual
     if not isinstance(w, QuantizedArray):
-        return xla.plain_matmul(x, w, layer, out_dtype)
-    return _quantized_matmul(x, w, layer, out_dtype, implementation)
+        return xla.plain_matmul(x, w, layer, out_dtype, *around)
+    return _quantized_matmul(x, around, w, layer, out_dtype, implementation)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
 def _quantized_matmul(
-    x: Any, w: QuantizedArray, layer: Any, out_dtype: Any, implementation: str | None
+    x: Any, around: Any, w: QuantizedArray, layer: Any, out_dtype: Any, implementation: str | None
 ) -> Any:
     if implementation is not None:
-        return IMPLEMENTATIONS[implementation](x, w, layer, out_dtype)
+        return IMPLEMENTATIONS[implementation](x, w, layer, out_dtype, *around)
     reasons = []
     for run in IMPLEMENTATIONS.values():
         try:
-            return run(x, w, layer, out_dtype)
+            return run(x, w, layer, out_dtype, *around)
         except NotImplementedError as reason:
             reasons.append(str(reason))
     raise NotImplementedError("; ".join(reasons))
@@ -84,13 +97,16 @@ def _quantized_matmul(
 def _straight_through(out_dtype, implementation, primals, tangents):
     # The derivative of rounding is zero or, as JAX has it, a cast of the tangent to float8. So
     # quantizing x counts as the identity, and the quantized weight as a constant.
-    x, w, layer = primals
-    y = _quantized_matmul(x, w, layer, out_dtype, implementation)
+    x, around, w, layer = primals
+    dx, (dprologue, dbias, dresidual) = tangents[:2]
+    y = _quantized_matmul(x, around, w, layer, out_dtype, implementation)
+    if around[0] is not None:
+        _, dx = jax.jvp(lambda x, prologue: prologue(x, layer), (x, around[0]), (dx, dprologue))
     weight_only = dataclasses.replace(w, activation_scheme=None)
-    return y, xla.matmul(tangents[0], weight_only, layer, out_dtype)
+    return y, xla.matmul(dx, weight_only, layer, out_dtype, None, dbias, dresidual)
 
 
-def _check(x: Any, w: Any, layer: Any) -> None:
+def _check(x: Any, w: Any, layer: Any, prologue: Any, bias: Any, residual: Any) -> None:
     # The storage is K-major whatever the logical layout, so look at that.
     shape = w.qvalue.shape if isinstance(w, QuantizedArray) else w.shape
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -100,8 +116,23 @@ def _check(x: Any, w: Any, layer: Any) -> None:
         raise JaxquantError(f"matmul: w is stored as {list(shape)}; allowed: {want}")
     if isinstance(layer, int | np.integer) and not -shape[0] <= layer < shape[0]:
         raise JaxquantError(f"matmul: layer is {layer}; allowed: 0 to {shape[0] - 1}")
+    if prologue is not None:
+        came = list(x.shape)
+        x = jax.eval_shape(prologue, x, layer)
+        what = f"{type(prologue).__name__} of x {came} is {list(x.shape)}, which"
+    else:
+        what = f"x {list(x.shape)}"
     if x.ndim < 1 or x.shape[-1] != shape[-1]:
         raise JaxquantError(
-            f"matmul: x {list(x.shape)} does not fit w stored as {list(shape)}: "
+            f"matmul: {what} does not fit w stored as {list(shape)}: "
             "their last axes are contracted and must be equal"
+        )
+    N = shape[-2]
+    stack = [] if layer is None else [(shape[0], N)]
+    if bias is not None and bias.shape not in [(N,), *stack]:
+        allowed = " or ".join(str(list(s)) for s in [(N,), *stack])
+        raise JaxquantError(f"matmul: bias is {list(bias.shape)}; allowed: {allowed}")
+    if residual is not None and residual.shape != (*x.shape[:-1], N):
+        raise JaxquantError(
+            f"matmul: residual is {list(residual.shape)}; allowed: {[*x.shape[:-1], N]}"
         )

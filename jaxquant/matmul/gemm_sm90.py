@@ -1,6 +1,12 @@
-"""Prefill on Hopper: many tokens by a blocked FP8 weight, bound by the tensor cores."""
+"""Prefill on Hopper: many tokens by a blocked FP8 weight, bound by the tensor cores.
+
+The tensor cores multiply a tile K block by K block, and each block's sum is promoted: scaled and
+added up in float32 registers. While one warpgroup promotes, the other's products are to keep the
+tensor cores at work, so that whatever else there is to wait for is waited for behind products.
+"""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -10,16 +16,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
+from jaxquant.errors import JaxquantError
+from jaxquant.matmul import gemm_wgmma_sm90 as tensor_cores, tuning
 from jaxquant.matmul.sm90 import (
     FP8,
     K_BLOCK,
     SCALE_ROWS,
+    SMEM_BYTES,
     cdiv,
     consumer_registers,
     fill_ring,
     for_each_tile,
     in_stack,
-    multiply,
     next_slot,
     producer_registers,
     ring_stages,
@@ -28,14 +36,16 @@ from jaxquant.matmul.sm90 import (
     zero_accumulator,
 )
 
-# All of a tile's columns share one scale of the weight.
-TILE_N = 128
 # Tiles are visited in strips this many tiles wide, to meet operands again while L2 has them.
 _STRIP = 8
-# Columns of one store. The result has a multiple of them, and more than one: along a dimension of
-# a single tile Mosaic leaves out the index, so that a store past its end would land inside.
-_STORE_N = 64
+# The result has a multiple of so many columns, and more than one: along a dimension of a single
+# SMEM tile Mosaic leaves out the index, so that a store past its end would land inside.
+_RESULT_COLUMNS = 64
 _MAX_STAGES = 8
+# A ring has to be this deep before results take more room than one wave of them needs.
+_MIN_STAGES = 3
+# The columns that tiles may have, by rows: what a thread's registers hold.
+TILES = {64: (128,), 128: (64, 96, 112, 128, 144, 160, 192), 192: (128,), 256: (96, 112, 128)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,33 +53,66 @@ class Config:
     """How the work is cut.
 
     Attributes:
-      tile_m: tokens of a tile: 64 (two consumers of 64x64), 128 or 192 (one for each 64).
-      cluster: whether two neighbours along M share the copies of the weight (multicast).
+      tile_m: tokens of a tile, and so who works on it: at 64 two consumers, half of the columns
+        each; at 128 two and at 192 three, 64 rows each; at 256 two, 64 rows twice (two waves).
+      cluster: whether two neighbours share the copies of what their tiles have in common
+        (multicast): the weight along M, or the tokens along N where a tile has more rows.
+      tile_n: columns of a tile, see `TILES`. They may lie in two rows of the weight's scales.
+
+    Raises:
+      JaxquantError: a tile that is none of `TILES`.
     """
 
     tile_m: int
     cluster: bool
+    tile_n: int = 128
+
+    def __post_init__(self):
+        if self.tile_n not in TILES.get(self.tile_m, ()):
+            allowed = ", ".join(f"{m}x{n}" for m, columns in TILES.items() for n in columns)
+            raise JaxquantError(f"tile {self.tile_m}x{self.tile_n}; allowed: {allowed}")
 
     @property
     def consumers(self) -> int:
         """Consumer warpgroups."""
-        return max(2, self.tile_m // 64)
+        return 3 if self.tile_m == 192 else 2
+
+    @property
+    def cluster_shape(self) -> tuple[int, int]:
+        """Thread blocks of a cluster along M and N."""
+        if not self.cluster:
+            return 1, 1
+        return (1, 2) if self.tile_m > self.tile_n else (2, 1)
 
 
 def default_config(M: int, N: int, K: int, sms: int) -> Config:
-    """The tile with the least predicted time; `sms` is the number of multiprocessors."""
-
-    def microseconds(tile_m: int) -> float:
-        waves = cdiv(cdiv(M, tile_m) * cdiv(N, TILE_N), sms)
-        per_block, per_tile = _MICROSECONDS[tile_m]
-        return waves * (cdiv(K, K_BLOCK) * per_block + per_tile)
-
-    tile_m = min(_MICROSECONDS, key=microseconds)
-    return Config(tile_m, cluster=tile_m == 192 and M >= 2048)
+    """The tuned tile, or that with the least predicted time; `sms`: multiprocessors of the GPU."""
+    tuned = tuning.lookup("gemm", M, N, K)
+    if tuned is not None:
+        return Config(**tuned)
+    return min(PREDICTED, key=lambda config: microseconds(config, M, N, K, sms))
 
 
-# By tile_m: of one K block, and of one tile besides, with all multiprocessors of an H200 busy.
-_MICROSECONDS = {64: (0.31, 1.5), 128: (0.436, 0.4), 192: (0.565, 1.4)}
+def microseconds(config: Config, M: int, N: int, K: int, sms: int) -> float:
+    """The predicted time: waves of tiles, times what a tile takes (see `PREDICTED`)."""
+    along_m, along_n = config.cluster_shape
+    clusters = cdiv(M, config.tile_m * along_m) * cdiv(N, config.tile_n * along_n)
+    waves = cdiv(clusters, sms // (along_m * along_n))
+    per_block, per_tile = PREDICTED[config]
+    return waves * (cdiv(K, K_BLOCK) * per_block + per_tile)
+
+
+# Microseconds of a K block, and of a tile besides, with all multiprocessors of an H200 at work.
+PREDICTED = {
+    Config(256, True, 128): (0.750, 1.73),
+    Config(128, True, 192): (0.551, 0.97),
+    Config(128, False, 192): (0.588, 0.74),
+    Config(128, False, 128): (0.398, 0.64),
+    Config(128, True, 112): (0.398, 0.60),
+    Config(128, False, 96): (0.315, 0.60),
+    Config(128, False, 64): (0.285, 0.50),
+    Config(64, False, 128): (0.290, 0.80),
+}
 
 
 def gemm(
@@ -100,16 +143,26 @@ def gemm(
     """
     (M, K), N = xq.shape, wq.shape[1]
     out_dtype = jnp.dtype(out_dtype)
-    N_out = max(round_up(N, _STORE_N), 2 * _STORE_N)
-    steps = cdiv(K, K_BLOCK)
-    tile_m, consumers = config.tile_m, config.consumers
-    # What one consumer makes of a tile.
-    rows, cols = 64, TILE_N if tile_m > 64 else TILE_N // consumers
-    slot_bytes = (tile_m + TILE_N) * K_BLOCK + tile_m * 4
-    result_bytes = consumers * rows * _STORE_N * out_dtype.itemsize
-    stages = ring_stages(slot_bytes, result_bytes, steps, _MAX_STAGES)
-    neighbours = 2 if config.cluster else 1
-    m_tiles, n_tiles = cdiv(M, tile_m * neighbours), cdiv(N, TILE_N)
+    N_out = max(round_up(N, _RESULT_COLUMNS), 2 * _RESULT_COLUMNS)
+    steps, scale_rows = cdiv(K, K_BLOCK), cdiv(N, SCALE_ROWS)
+    tile_m, tile_n, consumers = config.tile_m, config.tile_n, config.consumers
+    along_m, along_n = config.cluster_shape
+    m_tiles, n_tiles = cdiv(M, tile_m * along_m), cdiv(N, tile_n * along_n)
+    tiles, blocks = m_tiles * n_tiles, sms // (along_m * along_n)
+    # What one consumer makes of a tile: 64 rows at a time, in segments that share a scale.
+    waves, cols = cdiv(tile_m, 64 * consumers), tile_n if tile_m > 64 else tile_n // consumers
+    segment = math.gcd(tile_n, SCALE_ROWS) if SCALE_ROWS % tile_n else cols
+    segments = cols // segment
+    # With registers for the sums of two K blocks, one is promoted in the shadow of the other. It
+    # takes a ring of three slots, which all tiles so small have, or of as many as there are blocks.
+    in_pairs = waves == 1 and consumers == 2 and cols <= 128
+
+    slot_bytes = (tile_m + tile_n) * K_BLOCK + tile_m * 4
+    result_bytes = consumers * 64 * cols * out_dtype.itemsize
+    # With room for all of a tile its stores go on under the next tile's products.
+    fits = waves * result_bytes + _MIN_STAGES * slot_bytes <= SMEM_BYTES
+    results = waves if fits else 1
+    stages = ring_stages(slot_bytes, results * result_bytes, steps, _MAX_STAGES)
 
     def kernel(x_gmem, sx_gmem, w_gmem, sw_gmem, layer_gmem, y_gmem, *scratch):
         x_smem, w_smem, sx_smem, y_smem, full, empty = scratch
@@ -119,102 +172,183 @@ def gemm(
         def origin(tile):
             """The first row and column of a tile."""
             mi, ni = plgpu.planar_snake(tile, (m_tiles, n_tiles), 0, _STRIP)
-            if config.cluster:
-                mi = mi * neighbours + lax.axis_index("cluster")
-            return mi * tile_m, ni * TILE_N
+            if along_m > 1:
+                mi = mi * along_m + lax.axis_index("cluster")
+            if along_n > 1:
+                ni = ni * along_n + lax.axis_index("cluster")
+            return mi * tile_m, ni * tile_n
 
         @pl.when(warpgroup == consumers)
         def _producer():
             producer_registers()
+            shared_x = "cluster" if along_n > 1 else None
+            shared_w = "cluster" if along_m > 1 else None
 
             def copy(tile, step, slot):
                 m0, n0 = origin(tile)
                 tokens, block = pl.ds(m0, tile_m), pl.ds(step * K_BLOCK, K_BLOCK)
-                plgpu.copy_gmem_to_smem(x_gmem.at[tokens, block], x_smem.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(sx_gmem.at[step, tokens], sx_smem.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(
-                    w_gmem.at[l, pl.ds(n0, TILE_N), block],
-                    w_smem.at[slot],
-                    full.at[slot],
-                    collective_axes="cluster" if config.cluster else None,
-                )
+                for source, target, shared in (
+                    (x_gmem.at[tokens, block], x_smem, shared_x),
+                    (w_gmem.at[l, pl.ds(n0, tile_n), block], w_smem, shared_w),
+                    (sx_gmem.at[step, tokens], sx_smem, shared_x),
+                ):
+                    plgpu.copy_gmem_to_smem(
+                        source, target.at[slot], full.at[slot], collective_axes=shared
+                    )
 
-            fill_ring(m_tiles * n_tiles, steps, stages, empty, copy)
+            fill_ring(tiles, steps, stages, empty, copy)
 
         @pl.when(warpgroup < consumers)
         def _consumer():
             consumer_registers(consumers)
-            m_offset = warpgroup * rows if tile_m > 64 else 0
             n_offset = warpgroup * cols if tile_m == 64 else 0
 
-            def main_loop(scale_row, slot):
-                """Adds up all of K. The weight's scale is loaded one step ahead."""
+            def wave_rows(wave):
+                """Where the 64 rows of a wave are in the tile."""
+                return (wave * consumers + warpgroup) * 64 if tile_m > 64 else 0
 
+            def load_scales(n0, step):
+                """The weight's scales in the one or two of its rows that a tile may meet."""
+
+                def load(row):
+                    row = jnp.minimum(row, scale_rows - 1)
+                    return sw_gmem[l, row, jnp.minimum(step, steps - 1)]
+
+                row = lax.div(n0, SCALE_ROWS)
+                return (load(row),) if segments == 1 else (load(row), load(row + 1))
+
+            def main_loop(n0, slot, scales):
+                """Adds up all of K: `[wave][segment]` of results."""
+                # Where the second row of scales begins.
+                meeting = SCALE_ROWS - lax.rem(n0, SCALE_ROWS)
+
+                def start(slot, wave, block):
+                    """Starts a product, and loads its tokens' scales meanwhile."""
+                    rows = pl.ds(wave_rows(wave), 64)
+                    w = w_smem.at[slot]
+                    if cols < tile_n:
+                        w = w_smem.at[slot, pl.ds(n_offset, cols)]
+                    block = tensor_cores.start(x_smem.at[slot, rows], w, block, K)
+                    layout = plgpu.Layout.WGMMA.reduce(1)
+                    return block, plgpu.load(sx_smem.at[slot, rows], layout=layout)
+
+                def promote(totals, block, x_scale, scales):
+                    """`totals + block * scale`, by segment."""
+                    sums = []
+                    for i, total in enumerate(totals):
+                        columns = range(cols)[i * segment : (i + 1) * segment]
+                        w_scale, *second = scales
+                        if second:
+                            w_scale = jnp.where(columns[0] < meeting, w_scale, second[0])
+                        scale = lax.broadcast_in_dim(x_scale * w_scale, total.shape, [0])
+                        sums.append(total + block[:, columns[0] : columns[-1] + 1] * scale)
+                    return tuple(sums)
+
+                def await_block(step, slot):
+                    @pl.when(step < steps)
+                    def _wait():
+                        plgpu.barrier_wait(full.at[slot])
+
+                # What a step begins with was awaited and loaded by the one before, in the shadow
+                # of its products.
                 def add_block(step, carry):
-                    slot, w_scale, total = carry
-                    w_scale_next = sw_gmem[l, scale_row, jnp.minimum(step + 1, steps - 1)]
-                    plgpu.barrier_wait(full.at[slot])
-                    x_scale = plgpu.load(
-                        sx_smem.at[slot, pl.ds(m_offset, rows)],
-                        layout=plgpu.Layout.WGMMA.reduce(1),
-                    )
-                    w = (
-                        w_smem.at[slot]
-                        if cols == TILE_N
-                        else w_smem.at[slot, pl.ds(n_offset, cols)]
-                    )
-                    block = multiply(x_smem.at[slot, pl.ds(m_offset, rows)], w)
+                    slot, scales, block, totals = carry
+                    scales_next, slot_next = load_scales(n0, step + 1), next_slot(slot, stages)
+                    sums = []
+                    for wave in range(waves):
+                        block, x_scale = start(slot, wave, block)
+                        # Not in a later wave: the compiler would promote all of them behind it.
+                        if wave == 0:
+                            await_block(step + 1, slot_next)
+                        block = tensor_cores.wait(block, K)
+                        if wave == waves - 1:
+                            plgpu.barrier_arrive(empty.at[slot])
+                        sums.append(promote(totals[wave], block, x_scale, scales))
+                    return slot_next, scales_next, block, tuple(sums)
+
+                def add_two_blocks(i, carry):
+                    slot, scales, block, other, (totals,) = carry
+                    step = 2 * i
+                    other_slot = next_slot(slot, stages)
+                    other_scales, scales_next = load_scales(n0, step + 1), load_scales(n0, step + 2)
+                    block, x_scale = start(slot, 0, block)
+                    plgpu.barrier_wait(full.at[other_slot])
+                    other, other_x_scale = start(other_slot, 0, other)
+                    slot_next = next_slot(other_slot, stages)
+                    await_block(step + 2, slot_next)
+                    block = tensor_cores.wait(block, K, pending=1)
                     plgpu.barrier_arrive(empty.at[slot])
-                    scale = lax.broadcast_in_dim(x_scale * w_scale, block.shape, [0])
-                    return next_slot(slot, stages), w_scale_next, total + block * scale
+                    totals = promote(totals, block, x_scale, scales)
+                    other = tensor_cores.wait(other, K)
+                    plgpu.barrier_arrive(empty.at[other_slot])
+                    totals = promote(totals, other, other_x_scale, other_scales)
+                    return slot_next, scales_next, block, other, (totals,)
 
-                init = (slot, sw_gmem[l, scale_row, 0], zero_accumulator(rows, cols))
-                slot, _, total = lax.fori_loop(0, steps, add_block, init)
-                return slot, total
+                block = zero_accumulator(64, cols)
+                totals = (tuple(zero_accumulator(64, segment) for _ in range(segments)),) * waves
+                plgpu.barrier_wait(full.at[slot])
+                if not in_pairs:
+                    init = slot, scales, block, totals
+                    slot, *_, totals = lax.fori_loop(0, steps, add_block, init)
+                    return slot, totals
+                init = slot, scales, block, block, totals
+                slot, scales, block, _, totals = lax.fori_loop(0, steps // 2, add_two_blocks, init)
+                if steps % 2:
+                    slot, *_, totals = add_block(steps - 1, (slot, scales, block, totals))
+                return slot, totals
 
-            def epilogue(total, m0, n0):
+            def epilogue(totals, m0, n0):
                 """Registers to SMEM to GMEM; TMA drops what lies outside the result."""
-                y = total.astype(out_dtype)
-                for n in range(0, cols, _STORE_N):
+                for first in range(0, waves, results):
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    y_smem[warpgroup] = y[:, n : n + _STORE_N]
+                    for i in range(results):
+                        y, *others = totals[first + i]
+                        if others:
+                            y = lax.concatenate([y, *others], 1)
+                        y_smem[warpgroup, i] = y.astype(out_dtype)
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(
-                        y_smem.at[warpgroup],
-                        y_gmem.at[pl.ds(m0, rows), pl.ds(n0 + n, _STORE_N)],
-                    )
+                    for i in range(results):
+                        rows = pl.ds(m0 + wave_rows(first + i), 64)
+                        plgpu.copy_smem_to_gmem(
+                            y_smem.at[warpgroup, i],
+                            y_gmem.at[rows, pl.ds(n0 + n_offset, cols)],
+                        )
 
-            def do_tile(tile, slot):
+            def do_tile(tile, carry):
+                slot, scales = carry
                 m0, n0 = origin(tile)
-                slot, total = main_loop(lax.div(n0, SCALE_ROWS), slot)
-                epilogue(total, m0 + m_offset, n0 + n_offset)
-                return slot
+                slot, totals = main_loop(n0, slot, scales)
+                # Those of the next tile arrive while this one is stored.
+                _, n0_next = origin(jnp.minimum(tile + blocks, tiles - 1))
+                scales = load_scales(n0_next, 0)
+                epilogue(totals, m0, n0)
+                return slot, scales
 
-            for_each_tile(m_tiles * n_tiles, jnp.int32(0), do_tile)
+            _, n0 = origin(jnp.minimum(lax.axis_index("sm"), tiles - 1))
+            for_each_tile(tiles, (jnp.int32(0), load_scales(n0, 0)), do_tile)
             plgpu.wait_smem_to_gmem(0)
 
     if config.cluster:
-        cluster = {"cluster": (neighbours,), "cluster_names": ("cluster",)}
+        cluster = {"cluster": (2,), "cluster_names": ("cluster",)}
         empty = plgpu.ClusterBarrier(
             collective_axes=("cluster",), num_arrivals=consumers, num_barriers=stages
         )
     else:
         cluster = {}
         empty = plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
+    y_tiling = swizzled(math.gcd(cols, N_out), out_dtype)
     y = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((M, N_out), out_dtype),
         scratch_types=[
             plgpu.SMEM((stages, tile_m, K_BLOCK), FP8, transforms=swizzled(K, FP8)),
-            plgpu.SMEM((stages, TILE_N, K_BLOCK), FP8, transforms=swizzled(K, FP8)),
+            plgpu.SMEM((stages, tile_n, K_BLOCK), FP8, transforms=swizzled(K, FP8)),
             plgpu.SMEM((stages, tile_m), jnp.float32),
-            plgpu.SMEM(
-                (consumers, rows, _STORE_N), out_dtype, transforms=swizzled(N_out, out_dtype)
-            ),
+            plgpu.SMEM((consumers, results, 64, cols), out_dtype, transforms=y_tiling),
             plgpu.Barrier(num_arrivals=3, num_barriers=stages),
             empty,
         ],
-        grid=(sms // neighbours,),
+        grid=(blocks,),
         grid_names=("sm",),
         num_threads=consumers + 1,
         thread_name="warpgroup",

@@ -1,22 +1,26 @@
 """Pallas kernels (Mosaic GPU) behind `matmul`: which products they take and which kernel runs.
 
-A product is two kernels, one that quantizes the activations and one that multiplies: `decode`
-for few tokens, `gemm` for many. They are for Hopper (compute capability 9.0); every other device
+A product of one token, or a few, is one kernel, `gemv`, with all that stands around it. Others are
+two: one that quantizes the activations after the prologue, and one that multiplies, `decode` for
+few tokens or `gemm` for many. They are for Hopper (compute capability 9.0); every other device
 keeps the XLA reference.
 """
 
+import dataclasses
 import functools
 import logging
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Int32
 
 from jaxquant.array import QuantizedArray
+from jaxquant.matmul.prologue import Prologue, RMSNorm, SiluMul
+from jaxquant.matmul.xla import finish
 
 _logger = logging.getLogger(__name__)
 
@@ -29,7 +33,13 @@ _M_ALIGNMENT = 8
 
 
 def matmul(
-    x: Float[Array, "*batch K"], w: QuantizedArray, layer: Any, out_dtype: Any
+    x: Float[Array, "*batch A"],
+    w: QuantizedArray,
+    layer: Any,
+    out_dtype: Any,
+    prologue: Prologue | None = None,
+    bias: Float[Array, "..."] | None = None,
+    residual: Float[Array, "..."] | None = None,
 ) -> Float[Array, "*batch N"]:
     """`x @ w^T` in FP8 on a Hopper GPU. See `jaxquant.matmul.matmul`.
 
@@ -37,14 +47,31 @@ def matmul(
       NotImplementedError: the device or the operands are not what the kernels take; says why.
     """
     sms = _multiprocessors(x)
+    if not _fuses(prologue, x):
+        x, prologue = cast(Any, prologue)(x, layer), None
     _check_operands(x, w, out_dtype)
-    qvalue, scale = jnp.asarray(w.qvalue), jnp.asarray(w.scale)
+    out_dtype = jnp.dtype(out_dtype)
+    stacks = jnp.asarray(w.qvalue), jnp.asarray(w.scale)
     if layer is None:
-        qvalue, scale, layer = qvalue[None], scale[None], 0
+        stacks, layer = (stacks[0][None], stacks[1][None]), 0
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    run = _batchable(jnp.dtype(out_dtype), sms)
-    y = run(x.reshape(-1, x.shape[-1]), qvalue, scale, layer)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    N = w.qvalue.shape[-2]
+    # What has no axis of layers becomes a stack of one, which has that one layer for any index.
+    if isinstance(prologue, RMSNorm):
+        weight = prologue.weight.reshape(-1, prologue.weight.shape[-1])
+        prologue = dataclasses.replace(prologue, weight=weight)
+    bias = None if bias is None else bias.reshape(-1, N).astype(out_dtype)
+    rows = None if residual is None else residual.reshape(-1, N).astype(out_dtype)
+    run = _batchable(out_dtype, sms)
+    y = run(x.reshape(-1, x.shape[-1]), rows, (*stacks, prologue, bias), layer)
+    return y.reshape(*x.shape[:-1], N)
+
+
+def _fuses(prologue: Prologue | None, x: Any) -> bool:
+    """Whether the kernels know the prologue."""
+    if isinstance(prologue, RMSNorm):
+        return prologue.weight.dtype == x.dtype
+    return prologue is None or isinstance(prologue, SiluMul)
 
 
 def _multiprocessors(x: Any) -> int:
@@ -106,33 +133,39 @@ def _batchable(out_dtype: Any, sms: int) -> Any:
     """`_run`, and what `jax.vmap` makes of it."""
 
     @custom_vmap
-    def run(x, qvalue, scale, layer):
-        return _run(x, qvalue, scale, layer, out_dtype=out_dtype, sms=sms)
+    def run(x, residual, stacks, layer):
+        return _run(x, residual, stacks, layer, out_dtype=out_dtype, sms=sms)
 
     @run.def_vmap
-    def _rule(axis_size, batched, x, qvalue, scale, layer):
-        x_batched, *w_batched = batched
-        K, N = x.shape[-1], qvalue.shape[-2]
-        if not any(w_batched):  # more tokens of one product
-            y = run(x.reshape(-1, K), qvalue, scale, layer)
+    def _rule(axis_size, batched, x, residual, stacks, layer):
+        x_batched, residual_batched, stacks_batched, layer_batched = batched
+
+        def batch(a, is_batched):
+            return a if is_batched else jnp.broadcast_to(a, (axis_size, *a.shape))
+
+        x = batch(x, x_batched)
+        if residual is not None:
+            residual = batch(residual, residual_batched)
+        N, stack_batched = stacks[0].shape[-2], any(jax.tree.leaves(stacks_batched))
+        if not stack_batched and not layer_batched:  # more tokens of one product
+            rows = None if residual is None else residual.reshape(-1, N)
+            y = run(x.reshape(-1, x.shape[-1]), rows, stacks, layer)
             return y.reshape(axis_size, -1, N), True
         # One product after the other, each with its matrix read in place: a batch of stacks is
         # a longer stack.
         from jaxquant.matmul.sm90 import in_stack
 
-        L = qvalue.shape[-3]
+        L = stacks[0].shape[-3]
         index = jnp.broadcast_to(in_stack(layer, L), (axis_size, 1))
-        if w_batched[0] or w_batched[1]:
-            qvalue, scale = (
-                a if is_batched else jnp.broadcast_to(a, (axis_size, *a.shape))
-                for a, is_batched in zip((qvalue, scale), w_batched[:2], strict=True)
-            )
+        if stack_batched:
+
+            def longer(a, is_batched):
+                a = batch(a, is_batched)
+                return jnp.broadcast_to(a, (axis_size, L, *a.shape[2:])).reshape(-1, *a.shape[2:])
+
+            stacks = jax.tree.map(longer, stacks, stacks_batched)
             index = index + L * jnp.arange(axis_size, dtype=jnp.int32)[:, None]
-            qvalue, scale = (a.reshape(-1, *a.shape[2:]) for a in (qvalue, scale))
-        if x_batched:
-            y = lax.map(lambda of: run(of[0], qvalue, scale, of[1]), (x, index))
-        else:
-            y = lax.map(lambda l: run(x, qvalue, scale, l), index)
+        y = lax.map(lambda of: run(*of[:2], stacks, of[2]), (x, residual, index))
         return y, True
 
     return run
@@ -141,33 +174,56 @@ def _batchable(out_dtype: Any, sms: int) -> Any:
 # Compiled once a shape, also where the caller does not jit.
 @functools.partial(jax.jit, static_argnames=("out_dtype", "sms"))
 def _run(
-    x: Float[Array, "M K"],
-    qvalue: Float[Array, "L N K"],
-    scale: Float32[Array, "L (N+127)//128 (K+127)//128"],
+    x: Float[Array, "M A"],
+    residual: Float[Array, "M N"] | None,
+    stacks: Any,
     layer: Int32[Array, "1"],
     *,
     out_dtype: Any,
     sms: int,
 ) -> Float[Array, "M N"]:
-    """Quantizes x and multiplies."""
+    """Quantizes x and multiplies: in one kernel for a token or so, in two otherwise."""
     # Imported here: Mosaic GPU is there only where jaxlib was built with it.
-    from jaxquant.matmul import decode_sm90, gemm_sm90
-    from jaxquant.matmul.act_quant_sm90 import TILE_M, quantize_activations
-    from jaxquant.matmul.sm90 import round_up
+    from jaxquant.matmul import decode_sm90, gemm_sm90, gemv_sm90
+    from jaxquant.matmul.act_quant_sm90 import (
+        TILE_GROUPS,
+        TILE_M,
+        quantize_activations,
+        quantize_token,
+        quantize_tokens,
+    )
+    from jaxquant.matmul.sm90 import K_BLOCK, round_up
 
-    (M, K), N = x.shape, qvalue.shape[1]
-    rows = round_up(M, _M_ALIGNMENT)
-    if M > _M_ALIGNMENT:  # fewer rows TMA pads itself
-        x = jnp.pad(x, ((0, rows - M), (0, 0)))
+    qvalue, scale, prologue, bias = stacks
+    M, (N, K) = x.shape[0], qvalue.shape[1:]
+    if gemv_sm90.takes(M, K):
+        sx = None
+        if isinstance(prologue, SiluMul):  # too much for every thread block to do
+            x, sx = quantize_token(prologue, x, layer, K)
+            prologue = None
+        config = gemv_sm90.default_config(N, K, sms)
+        return gemv_sm90.gemv(
+            x, sx, qvalue, scale, layer, prologue, bias, residual,
+            out_dtype=out_dtype, config=config, sms=sms,
+        )  # fmt: skip
+    decodes = decode_sm90.takes(M, N, sms)
+    rows = decode_sm90.padded_tokens(M) if decodes else round_up(M, _M_ALIGNMENT)
     scale_rows = round_up(M, TILE_M)
-    if decode_sm90.takes(M, N, sms):
-        tokens = decode_sm90.padded_tokens(M)
-        xq, sx = quantize_activations(x, tokens, scale_rows)
+    if prologue is not None and M >= TILE_GROUPS and K % K_BLOCK == 0:
+        xq, sx = quantize_tokens(prologue, x, layer, K, rows, scale_rows)
+    else:
+        x = x if prologue is None else prologue(x, layer[0])
+        if M > _M_ALIGNMENT:  # fewer rows TMA pads itself
+            x = jnp.pad(x, ((0, -M % _M_ALIGNMENT), (0, 0)))
+        xq, sx = quantize_activations(x, rows, scale_rows)
+    if decodes:
         config = decode_sm90.default_config(M, N, K, sms)
-        return decode_sm90.decode(
+        y = decode_sm90.decode(
             xq, sx, qvalue, scale, layer, M=M, out_dtype=out_dtype, config=config, sms=sms
         )
-    xq, sx = quantize_activations(x, rows, scale_rows)
-    config = gemm_sm90.default_config(M, N, K, sms)
-    y = gemm_sm90.gemm(xq, sx, qvalue, scale, layer, out_dtype=out_dtype, config=config, sms=sms)
-    return y[:M]
+    else:
+        config = gemm_sm90.default_config(M, N, K, sms)
+        y = gemm_sm90.gemm(
+            xq, sx, qvalue, scale, layer, out_dtype=out_dtype, config=config, sms=sms
+        )[:M]
+    return finish(y, layer[0], out_dtype, bias, residual)

@@ -33,7 +33,7 @@ _PRODUCER_REGISTERS = 40
 _MAX_REGISTERS = 240
 
 # Bytes of SMEM that a thread block may have, less what barriers and the compiler take.
-_SMEM_BYTES = 232448 - 2048
+SMEM_BYTES = 232448 - 2048
 
 
 def cdiv(a: int, b: int) -> int:
@@ -76,7 +76,7 @@ def next_slot(slot: Any, stages: int) -> Any:
 
 def ring_stages(slot_bytes: int, result_bytes: int, steps: int, most: int) -> int:
     """Depth of the ring: what fits beside the result, and at least 2."""
-    return max(2, min(most, (_SMEM_BYTES - result_bytes) // slot_bytes, steps))
+    return max(2, min(most, (SMEM_BYTES - result_bytes) // slot_bytes, steps))
 
 
 def for_each_tile(tiles: int, init: Any, body: Callable[[Any, Any], Any]) -> Any:

@@ -16,22 +16,38 @@ from jaxquant.blocked import (
     take_layer,
     widen,
 )
+from jaxquant.matmul.prologue import Prologue, rounded, take
 
 
 def matmul(
-    x: Float[Array, "*batch K"], w: QuantizedArray, layer: Any, out_dtype: Any
+    x: Float[Array, "*batch A"],
+    w: QuantizedArray,
+    layer: Any,
+    out_dtype: Any,
+    prologue: Prologue | None = None,
+    bias: Float[Array, "..."] | None = None,
+    residual: Float[Array, "..."] | None = None,
 ) -> Float[Array, "*batch N"]:
     """`x @ w^T` with w dequantized to float32 on the way. See `jaxquant.matmul.matmul`."""
+    x = x if prologue is None else prologue(x, layer)
     if w.activation_scheme == "dynamic":
         x = _fake_quantize(x)
     weight = _dequantize_layer(w, layer)
-    return _dot_f32(x.astype(jnp.float32), weight).astype(out_dtype)
+    y = _dot_f32(x.astype(jnp.float32), weight)
+    return finish(y, layer, out_dtype, bias, residual)
 
 
 def plain_matmul(
-    x: Float[Array, "*batch K"], w: Float[Array, "*L N K"], layer: Any, out_dtype: Any
+    x: Float[Array, "*batch A"],
+    w: Float[Array, "*L N K"],
+    layer: Any,
+    out_dtype: Any,
+    prologue: Prologue | None = None,
+    bias: Float[Array, "..."] | None = None,
+    residual: Float[Array, "..."] | None = None,
 ) -> Float[Array, "*batch N"]:
     """`x @ w^T` for a weight that is not quantized, accumulated in float32."""
+    x = x if prologue is None else prologue(x, layer)
     y = lax.dot_general(
         x,
         w if layer is None else lax.dynamic_index_in_dim(w, layer, keepdims=False),
@@ -39,7 +55,23 @@ def plain_matmul(
         precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
-    return y.astype(out_dtype)
+    return finish(y, layer, out_dtype, bias, residual)
+
+
+def finish(
+    y: Float[Array, "*batch N"],
+    layer: Any,
+    out_dtype: Any,
+    bias: Float[Array, "..."] | None,
+    residual: Float[Array, "..."] | None,
+) -> Float[Array, "*batch N"]:
+    """What stands after a product: y, y + bias, y + bias + residual, each rounded to out_dtype."""
+    y = rounded(y, out_dtype)
+    if bias is not None:
+        y = rounded(y + take(bias, layer, 1).astype(out_dtype), out_dtype)
+    if residual is not None:
+        y = rounded(y + residual.astype(out_dtype), out_dtype)
+    return y
 
 
 def _fake_quantize(x: Float[Array, "*batch K"]) -> Float32[Array, "*batch K"]:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxquant.attention import decode_attention
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
@@ -22,19 +24,22 @@ class Cache:
 
     Attributes:
       k: `[L, B, H, S, D]`, H key/value heads, S slots.
-      v: likewise.
+      v: likewise, with a D of their own.
       lengths: `[B]` int32, how many slots of each sequence are filled.
     """
 
     k: Float[Array, "L B H S D"]
-    v: Float[Array, "L B H S D"]
+    v: Float[Array, "L B H S Dv"]
     lengths: Int[Array, " B"]
 
     @staticmethod
-    def empty(L: int, B: int, H: int, S: int, D: int, dtype: Any) -> "Cache":
-        """A cache with no filled slots."""
-        shape = (L, B, H, S, D)
-        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((B,), jnp.int32))
+    def empty(
+        L: int, B: int, H: int, S: int, D: int, dtype: Any, *, Dv: int | None = None
+    ) -> "Cache":
+        """A cache with no filled slots; Dv is D unless given."""
+        k = jnp.zeros((L, B, H, S, D), dtype)
+        v = jnp.zeros((L, B, H, S, D if Dv is None else Dv), dtype)
+        return Cache(k, v, jnp.zeros((B,), jnp.int32))
 
 
 @jax.tree_util.register_dataclass
@@ -144,8 +149,9 @@ class DecodeStep:
             k=cache.k.at[layer, rows, :, at].set(k[:, 0]),
             v=cache.v.at[layer, rows, :, at].set(v[:, 0]),
         )
-        out = cached_attention(q, cache.k[layer], cache.v[layer], at, window, scale, softcap)
-        return out, cache
+        options: Any = {"window": window, "scale": scale, "softcap": softcap}
+        out = decode_attention(q[:, 0], cache.k, cache.v, layer, at + 1, **options)
+        return out[:, None], cache
 
 
 def causal_attention(
@@ -157,13 +163,9 @@ def causal_attention(
     softcap: float | None = None,
 ) -> Float[Array, "B T Hq D"]:
     """Each token attends to itself and those before it; see `Forward.attend`."""
-    B, T, _, D = q.shape
-    if softcap is not None:  # which XLA's and cuDNN's attention do not have
-        slot = jnp.arange(T)
-        mask = _mask(slot, slot[:, None], window)
-        grouped = q.reshape(B, T, k.shape[2], -1, D)
-        equations = "bthgd,bshd->bhgts", "bhgts,bshd->bthgd"
-        return _attend(equations, grouped, k, v, mask, scale, softcap).reshape(q.shape)
+    T, D = q.shape[1], q.shape[-1]
+    if softcap is not None:
+        return _capped_attention(q, k, v, window, scale, softcap)
     left = None if window is None or window >= T else (window - 1, 0)
     attend = functools.partial(
         jax.nn.dot_product_attention, q, k, v, is_causal=True, local_window_size=left, scale=scale
@@ -176,51 +178,23 @@ def causal_attention(
         return attend(implementation="xla")
 
 
-def cached_attention(
-    q: Float[Array, "B 1 Hq D"],
-    k: Float[Array, "B H S D"],
-    v: Float[Array, "B H S D"],
-    position: Int[Array, " B"],
-    window: int | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> Float[Array, "B 1 Hq D"]:
-    """The token at `position` of each sequence attends to the slots up to it.
-
-    See `Forward.attend`.
-    """
-    B, H, S, D = k.shape
-    mask = _mask(jnp.arange(S), position[:, None], window)[:, None, None]
-    equations = "bhgd,bhsd->bhgs", "bhgs,bhsd->bhgd"
-    grouped = q.reshape(B, H, -1, D)
-    return _attend(equations, grouped, k, v, mask, scale, softcap).reshape(q.shape)
-
-
-def _mask(slot: Array, position: Array, window: int | None) -> Array:
-    """Which slots a token at a position sees."""
-    mask = slot <= position
-    return mask if window is None else mask & (slot > position - window)
-
-
-def _attend(
-    equations: tuple[str, str],
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: Array,
-    scale: float | None,
-    softcap: float | None,
+def _capped_attention(
+    q: Array, k: Array, v: Array, window: int | None, scale: float | None, softcap: float
 ) -> Array:
-    """Attention that makes the scores: `equations` of queries and keys, of weights and values."""
+    """With a softcap, which neither XLA's attention nor cuDNN's has."""
+    B, T, _, D = q.shape
     product = functools.partial(
         jnp.einsum, precision=_precision(q.dtype), preferred_element_type=jnp.float32
     )
-    of_scores, of_values = equations
-    logits = product(of_scores, q, k) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    weights = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf), axis=-1)
-    return product(of_values, weights.astype(v.dtype), v).astype(q.dtype)
+    logits = product("bthgd,bshd->bhgts", q.reshape(B, T, k.shape[2], -1, D), k)
+    logits *= 1 / math.sqrt(D) if scale is None else scale
+    slot, token = jnp.arange(T), jnp.arange(T)[:, None]
+    mask = slot <= token
+    if window is not None:
+        mask &= slot > token - window
+    logits = jnp.where(mask, softcap * jnp.tanh(logits / softcap), -jnp.inf)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return product("bhgts,bshd->bthgd", weights, v).astype(q.dtype).reshape(q.shape)
 
 
 def _precision(dtype: Any) -> str | None:

@@ -6,7 +6,8 @@ place from the stack. Layers that differ in what is quantized are in stacks of t
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
 from jaxquant.models.attention import Cache, DecodeStep, Forward, Prefill
-from jaxquant.models.fused import FusedRows
+from jaxquant.models.fused import FusedRows, StackedExperts
 from jaxquant.models.layers import RMSNorm, Stack, Table
 
 
@@ -38,7 +39,7 @@ class Decoder(nnx.Module):
         tie_word_embeddings, and for the cache num_kv_heads and head_dim. Layers whose parameters
         are equal but whose computation is not have `layer_kinds`, one hashable for each.
       dtype: of parameters and activations.
-      stacks: how layers are stored; default one stack of all.
+      stacks: how layers are stored; default one for each run of equal layers.
     """
 
     layers_type: ClassVar[Any]
@@ -52,8 +53,18 @@ class Decoder(nnx.Module):
         """Modules of the checkpoint that hold the rows of several projections, by name."""
         return {}
 
+    @classmethod
+    def stacked(cls, cfg: Any) -> StackedExperts | None:
+        """How the experts of a layer lie in a checkpoint that has them stacked."""
+        return None
+
+    @staticmethod
+    def variant(cfg: Any, layer: int) -> Hashable:
+        """What tells layers with different parameters apart, in a family that has some."""
+        return None
+
     def __init__(self, cfg: Any, dtype: Any, stacks: Sequence[Stack] | None = None):
-        stacks = stacks or [Stack(range(cfg.num_layers))]
+        stacks = stacks or _equal_layers(cfg, self.variant)
         self.cfg = cfg
         self.stacks = tuple(stacks)
         self.embed_tokens = Table(cfg.vocab_size, cfg.hidden_size, dtype)
@@ -134,6 +145,12 @@ class Decoder(nnx.Module):
         """A cache for B sequences of up to S tokens."""
         cfg, dtype = self.cfg, self.embed_tokens.weight.get_value().dtype
         return Cache.empty(cfg.num_layers, B, cfg.num_kv_heads, S, cfg.head_dim, dtype)
+
+
+def _equal_layers(cfg: Any, variant: Callable[[Any, int], Hashable]) -> list[Stack]:
+    runs = itertools.groupby(range(cfg.num_layers), key=lambda l: variant(cfg, l))
+    layers = [list(run) for _, run in runs]
+    return [Stack(range(run[0], run[-1] + 1)) for run in layers]
 
 
 @functools.lru_cache

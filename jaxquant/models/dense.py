@@ -1,22 +1,31 @@
 """What dense decoders share: their sizes, grouped-query attention and the gated MLP."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxquant.matmul import Prologue, SiluMul
 from jaxquant.models.hf_config import HFConfig
 from jaxquant.models.layers import Linear, RMSNorm, Rope, Stack, projections
 
-# What config.json calls them.
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
-}
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GeluMul:
+    """`gelu(gate) * up` with gelu's tanh form; see `jaxquant.matmul.SiluMul`."""
+
+    def __call__(self, x: Float[Array, "*batch A"], layer: Any = None) -> Float[Array, "*batch K"]:
+        """Multiplies the halves of the last axis."""
+        gate, up = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        return (jax.nn.gelu(gate, approximate=True) * up).astype(x.dtype)
+
+
+# What config.json calls them: what stands before the down projection.
+ACTIVATIONS: dict[str, Prologue] = {"silu": SiluMul(), "gelu_pytorch_tanh": GeluMul()}
 # There is a LayerKind for each, before a look at the tensors.
 _MAX_LAYERS = 1000
 
@@ -139,10 +148,13 @@ class Attention(nnx.Module):
         cache: Any,
         cache_layer: Any,
         kind: LayerKind,
+        *,
+        norm: Prologue | None = None,
+        residual: Float[Array, "B T K"] | None = None,
     ) -> tuple[Float[Array, "B T K"], Any]:
-        """Applies the attention of one layer; see `Decoder` for `tokens` and `cache`."""
+        """`attention(norm(x)) + residual` of one layer; see `Decoder` for `tokens` and `cache`."""
         cfg, heads = self.cfg, (*x.shape[:-1], -1, self.cfg.head_dim)
-        q, k, v = self.qkv_proj(x, l)
+        q, k, v = self.qkv_proj(x, l, norm)
         if cfg.qk_norm == "all":
             q, k = self.q_norm(q, l), self.k_norm(k, l)
         q, k, v = (y.reshape(heads) for y in (q, k, v))
@@ -160,7 +172,7 @@ class Attention(nnx.Module):
             scale=cfg.scale,
             softcap=cfg.softcap,
         )
-        return self.o_proj(attended.reshape(*x.shape[:-1], -1), l), cache
+        return self.o_proj(attended.reshape(*x.shape[:-1], -1), l, residual=residual), cache
 
 
 class MLP(nnx.Module):
@@ -174,7 +186,14 @@ class MLP(nnx.Module):
         self.down_proj = Linear(len(stack.layers), narrow, wide, **options)
         self.activation = cfg.activation
 
-    def __call__(self, x: Float[Array, "B T K"], l: Any) -> Float[Array, "B T K"]:
-        """Applies the MLP of one layer."""
-        gate, up = self.gate_up_proj(x, l)
-        return self.down_proj(ACTIVATIONS[self.activation](gate) * up, l)
+    def __call__(
+        self,
+        x: Float[Array, "B T K"],
+        l: Any,
+        *,
+        norm: Prologue | None = None,
+        residual: Float[Array, "B T K"] | None = None,
+    ) -> Float[Array, "B T K"]:
+        """`mlp(norm(x)) + residual` of one layer."""
+        gate_up = self.gate_up_proj.joined(x, l, norm)
+        return self.down_proj(gate_up, l, ACTIVATIONS[self.activation], residual)

@@ -7,6 +7,7 @@ tensor of a projection is named as if its module lay inside the one that holds i
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -70,3 +71,32 @@ def whole_name(name: str, fused: Mapping[str, FusedRows]) -> str:
 def rows_of(name: str, fused: Mapping[str, FusedRows]) -> FusedRows | None:
     """How the rows of a whole tensor lie, if it is fused."""
     return fused.get(name.split(".")[-2]) if "." in name else None
+
+
+@dataclasses.dataclass(frozen=True)
+class StackedExperts:
+    """How the experts of a layer lie in two tensors `[E, N, K]`, as transformers 5 has them.
+
+    `X.experts.gate_up_proj` is every `X.experts.3.gate_proj.weight` and `up_proj`, in the same way
+    `down_proj`.
+
+    Attributes:
+      num_experts: of a layer.
+      tensors: name -> how the rows of an expert's projections lie in it.
+      renamed: part of a path -> what it is called where experts are not stacked.
+    """
+
+    num_experts: int
+    tensors: Mapping[str, FusedRows]
+    renamed: Mapping[str, str]
+
+    def match(self, name: str) -> tuple[str, FusedRows, str] | None:
+        """What comes before an expert's number, its rows and the end of its name; or None."""
+        found = re.fullmatch(r"(.*\bexperts)\.(\w+?)(?:\.weight)?(_scale_inv|_scale)?", name)
+        if found is None or found[2] not in self.tensors:
+            return None
+        return self.rename(found[1]), self.tensors[found[2]], f"weight{found[3] or ''}"
+
+    def rename(self, name: str) -> str:
+        """The name of a tensor or module where experts are not stacked."""
+        return ".".join(self.renamed.get(part, part) for part in name.split("."))

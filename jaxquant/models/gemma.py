@@ -9,6 +9,7 @@ import dataclasses
 import math
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -100,15 +101,29 @@ def _gemma3_ropes(hf: HFConfig, head_dim: int) -> tuple[Any, Any]:
     )
 
 
-class GemmaNorm(RMSNorm):
-    """`x / sqrt(mean(x^2) + eps) * (1 + weight)`, all in float32."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OffsetRMSNorm:
+    """`x / sqrt(mean(x^2) + eps) * (1 + weight)`, all in float32; see `jaxquant.matmul.RMSNorm`."""
+
+    weight: Float[Array, "*L K"]
+    eps: float = dataclasses.field(metadata={"static": True})
 
     def __call__(self, x: Float[Array, "*batch K"], layer: Any = None) -> Float[Array, "*batch K"]:
-        """Normalizes; `layer` picks from a stack."""
-        weight = self.weight.get_value() if layer is None else self.weight.get_value()[layer]
+        """Normalizes the last axis."""
+        weight = (self.weight if layer is None else self.weight[layer]).astype(jnp.float32)
         x32 = x.astype(jnp.float32)
         normed = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (normed * (1 + weight.astype(jnp.float32))).astype(x.dtype)
+        return (normed * (1 + weight)).astype(x.dtype)
+
+
+class GemmaNorm(RMSNorm):
+    """The norm of Gemma."""
+
+    @property
+    def prologue(self) -> OffsetRMSNorm:
+        """See `RMSNorm.prologue`."""
+        return OffsetRMSNorm(self.weight.get_value(), self.eps)
 
 
 class Attention(dense.Attention):
@@ -135,9 +150,9 @@ class Layers(nnx.Module):
         self, x: Float[Array, "B T K"], l: Any, *rest: Any
     ) -> tuple[Float[Array, "B T K"], Any]:
         """Applies one layer; see `Decoder`."""
-        y, cache = self.self_attn(self.input_layernorm(x, l), l, *rest)
+        y, cache = self.self_attn(x, l, *rest, norm=self.input_layernorm.prologue)
         x = x + self.post_attention_layernorm(y, l)
-        y = self.mlp(self.pre_feedforward_layernorm(x, l), l)
+        y = self.mlp(x, l, norm=self.pre_feedforward_layernorm.prologue)
         return x + self.post_feedforward_layernorm(y, l), cache
 
 

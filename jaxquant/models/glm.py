@@ -60,9 +60,9 @@ class Glm4Layers(nnx.Module):
         self, x: Float[Array, "B T K"], l: Any, *rest: Any
     ) -> tuple[Float[Array, "B T K"], Any]:
         """Applies one layer; see `Decoder`."""
-        y, cache = self.self_attn(self.input_layernorm(x, l), l, *rest)
+        y, cache = self.self_attn(x, l, *rest, norm=self.input_layernorm.prologue)
         x = x + self.post_self_attn_layernorm(y, l)
-        y = self.mlp(self.post_attention_layernorm(x, l), l)
+        y = self.mlp(x, l, norm=self.post_attention_layernorm.prologue)
         return x + self.post_mlp_layernorm(y, l), cache
 
 

@@ -55,9 +55,10 @@ class Layers(llama.Layers):
         self, x: Float[Array, "B T K"], l: Any, *rest: Any
     ) -> tuple[Float[Array, "B T K"], Any]:
         """Applies one layer; see `Decoder`."""
-        y, cache = self.self_attn(self.input_layernorm(x, l), l, *rest)
+        y, cache = self.self_attn(x, l, *rest, norm=self.input_layernorm.prologue)
         x = x + y * self.multiplier
-        return x + self.mlp(self.post_attention_layernorm(x, l), l) * self.multiplier, cache
+        y = self.mlp(x, l, norm=self.post_attention_layernorm.prologue)
+        return x + y * self.multiplier, cache
 
 
 class Granite(Decoder):

@@ -2,16 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
-from jaxquant.matmul import matmul
+from jaxquant.matmul import Prologue, RMSNorm as RMSNormPrologue, grouped_matmul, matmul
 
 
 def unloaded(*shape: int, dtype: Any) -> nnx.Param:
@@ -43,9 +42,15 @@ class Linear(nnx.Module):
         self.weight = unloaded(L, N, K, dtype=dtype)
         self.bias = unloaded(L, N, dtype=dtype) if bias else None
 
-    def __call__(self, x: Float[Array, "*batch K"], layer: Any) -> Float[Array, "*batch N"]:
-        """Applies the projection of one layer."""
-        return _linear(self.weight, self.bias, x, layer)
+    def __call__(
+        self,
+        x: Float[Array, "*batch A"],
+        layer: Any,
+        prologue: Prologue | None = None,
+        residual: Float[Array, "*batch N"] | None = None,
+    ) -> Float[Array, "*batch N"]:
+        """Applies the projection of one layer to `prologue(x)` and adds the residual."""
+        return _linear(self, x, layer, prologue, residual)
 
 
 class FusedLinear(nnx.Module):
@@ -60,24 +65,50 @@ class FusedLinear(nnx.Module):
     """
 
     def __init__(self, parts: Mapping[str, int], K: int, stack: Stack, *, bias: bool, dtype: Any):
-        rows, end = [], 0
-        for N in parts.values():
-            start = -(-end // stack.row_alignment) * stack.row_alignment
-            end = start + N
-            rows.append((start, end))
-        self.names, self.rows = tuple(parts), tuple(rows)
+        self.names, self.rows = tuple(parts), fused_rows(parts.values(), stack)
+        end = self.rows[-1][1]
         self.weight = unloaded(len(stack.layers), end, K, dtype=dtype)
         self.bias = unloaded(len(stack.layers), end, dtype=dtype) if bias else None
 
-    def __call__(self, x: Float[Array, "*batch K"], layer: Any) -> list[Float[Array, "*batch _"]]:
-        """The projections of one layer, in their order."""
-        y = _linear(self.weight, self.bias, x, layer)
+    def __call__(
+        self, x: Float[Array, "*batch A"], layer: Any, prologue: Prologue | None = None
+    ) -> list[Float[Array, "*batch _"]]:
+        """The projections of one layer, in their order, of `prologue(x)`."""
+        y = _linear(self, x, layer, prologue)
         return [y[..., start:end] for start, end in self.rows]
 
+    def joined(
+        self, x: Float[Array, "*batch A"], layer: Any, prologue: Prologue | None = None
+    ) -> Float[Array, "*batch _"]:
+        """The projections one behind the other."""
+        if sum(end - start for start, end in self.rows) == self.weight.get_value().shape[-2]:
+            return _linear(self, x, layer, prologue)
+        return jnp.concatenate(self(x, layer, prologue), axis=-1)
 
-def _linear(weight: nnx.Param, bias: nnx.Param | None, x: Array, layer: Any) -> Array:
-    y = matmul(x, weight.get_value(), layer=layer)
-    return y if bias is None else y + bias.get_value()[layer]
+
+def fused_rows(sizes: Iterable[int], stack: Stack) -> tuple[tuple[int, int], ...]:
+    """The first row of each projection in a fused weight, and the one behind its last."""
+    rows, end = [], 0
+    for N in sizes:
+        start = -(-end // stack.row_alignment) * stack.row_alignment
+        end = start + N
+        rows.append((start, end))
+    return tuple(rows)
+
+
+class ExpertLinear(nnx.Module):
+    """Projections of E experts, fused as in FusedLinear: weight `[L, E, N, K]`."""
+
+    def __init__(self, E: int, parts: Mapping[str, int], K: int, stack: Stack, *, dtype: Any):
+        self.names, self.rows = tuple(parts), fused_rows(parts.values(), stack)
+        self.weight = unloaded(len(stack.layers), E, self.rows[-1][1], K, dtype=dtype)
+
+    def __call__(
+        self, x: Float[Array, "T K"], group_sizes: Int[Array, " E"], layer: Any
+    ) -> list[Float[Array, "T _"]]:
+        """The projections of one layer; x is sorted by expert, see `grouped_matmul`."""
+        y = grouped_matmul(x, self.weight.get_value(), group_sizes, layer=layer)
+        return [y[:, start:end] for start, end in self.rows]
 
 
 class SeparateLinear(nnx.Module):
@@ -88,9 +119,31 @@ class SeparateLinear(nnx.Module):
         for name, N in parts.items():
             setattr(self, name, Linear(len(stack.layers), N, K, bias=bias, dtype=dtype))
 
-    def __call__(self, x: Float[Array, "*batch K"], layer: Any) -> list[Float[Array, "*batch _"]]:
-        """The projections of one layer, in their order."""
-        return [getattr(self, name)(x, layer) for name in self.names]
+    def __call__(
+        self, x: Float[Array, "*batch A"], layer: Any, prologue: Prologue | None = None
+    ) -> list[Float[Array, "*batch _"]]:
+        """The projections of one layer, in their order, of `prologue(x)`."""
+        return [getattr(self, name)(x, layer, prologue) for name in self.names]
+
+    def joined(
+        self, x: Float[Array, "*batch A"], layer: Any, prologue: Prologue | None = None
+    ) -> Float[Array, "*batch _"]:
+        """The projections one behind the other."""
+        return jnp.concatenate(self(x, layer, prologue), axis=-1)
+
+
+def _linear(
+    module: Any, x: Array, layer: Any, prologue: Prologue | None, residual: Array | None = None
+) -> Array:
+    bias = None if module.bias is None else module.bias.get_value()
+    return matmul(
+        x,
+        module.weight.get_value(),
+        layer=layer,
+        prologue=prologue,
+        bias=bias,
+        residual=residual,
+    )
 
 
 def projections(
@@ -120,12 +173,14 @@ class RMSNorm(nnx.Module):
         self.weight = unloaded(*shape, dtype=dtype)
         self.eps = eps
 
+    @property
+    def prologue(self) -> Prologue:
+        """The norm as a part of the product that follows."""
+        return RMSNormPrologue(self.weight.get_value(), self.eps)
+
     def __call__(self, x: Float[Array, "*batch K"], layer: Any = None) -> Float[Array, "*batch K"]:
         """Normalizes; `layer` picks from a stack."""
-        weight = self.weight.get_value() if layer is None else self.weight.get_value()[layer]
-        x32 = x.astype(jnp.float32)
-        normed = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return weight * normed.astype(x.dtype)
+        return self.prologue(x, layer)
 
 
 class Table(nnx.Module):

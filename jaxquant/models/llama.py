@@ -67,9 +67,9 @@ class Layers(nnx.Module):
         self, x: Float[Array, "B T K"], l: Any, *rest: Any
     ) -> tuple[Float[Array, "B T K"], Any]:
         """Applies one layer; see `Decoder`."""
-        y, cache = self.self_attn(self.input_layernorm(x, l), l, *rest)
-        x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x, l), l), cache
+        norm = self.input_layernorm.prologue
+        x, cache = self.self_attn(x, l, *rest, norm=norm, residual=x)
+        return self.mlp(x, l, norm=self.post_attention_layernorm.prologue, residual=x), cache
 
 
 class Llama(Decoder):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxquant.errors import CheckpointError
-from jaxquant.models.fused import FusedRows
+from jaxquant.models.fused import FusedRows, StackedExperts
 from jaxquant.models.hf_config import HFConfig
-from jaxquant.models.layers import FusedLinear, SeparateLinear, Stack
+from jaxquant.models.layers import ExpertLinear, FusedLinear, SeparateLinear, Stack
 
 # architecture -> (module, config class, model class)
 ARCHITECTURES = {
@@ -30,7 +31,16 @@ ARCHITECTURES = {
     "SmolLM3ForCausalLM": ("jaxquant.models.smollm3", "SmolLM3Config", "SmolLM3"),
     "Olmo2ForCausalLM": ("jaxquant.models.olmo2", "Olmo2Config", "Olmo2"),
     "StableLmForCausalLM": ("jaxquant.models.stablelm", "StableLMConfig", "StableLM"),
+    "MixtralForCausalLM": ("jaxquant.models.mixtral", "MixtralConfig", "Mixtral"),
+    "Qwen2MoeForCausalLM": ("jaxquant.models.qwen_moe", "Qwen2MoEConfig", "Qwen2MoE"),
+    "Qwen3MoeForCausalLM": ("jaxquant.models.qwen_moe", "Qwen3MoEConfig", "Qwen3MoE"),
+    "DeepseekV2ForCausalLM": ("jaxquant.models.deepseek", "DeepseekV2Config", "Deepseek"),
+    "DeepseekV3ForCausalLM": ("jaxquant.models.deepseek", "DeepseekV3Config", "Deepseek"),
+    "Glm4MoeForCausalLM": ("jaxquant.models.glm_moe", "Glm4MoEConfig", "Glm4MoE"),
 }
+
+
+EXPERTS = "experts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +52,8 @@ class Slot:
         its own, whether it is stored in a fused weight or not.
       layer: the layer, or None.
       shape: of the checkpoint's tensor.
-      product: name of the fused product that a projection is part of, or None.
+      product: name of the fused product that a projection is part of, or None; `EXPERTS` for all
+        projections of a layer's experts.
     """
 
     path: str
@@ -57,12 +68,12 @@ class Place:
 
     Attributes:
       param: the parameter.
-      index: the layer in a stack, or None.
+      index: the layer in a stack, then the expert; empty for a parameter that is no stack.
       row: the first row; not 0 only in a fused weight.
     """
 
     param: nnx.Param
-    index: int | None
+    index: tuple[int, ...]
     row: int
 
 
@@ -95,24 +106,37 @@ class Family:
         """Modules of the checkpoint that hold the rows of several projections; see `fused.py`."""
         return self._model.fused(self.cfg)
 
+    @property
+    def stacked(self) -> StackedExperts | None:
+        """How experts lie in a checkpoint that has them stacked, in a family with experts."""
+        return self._model.stacked(self.cfg)
+
+    def skips(self, name: str) -> bool:
+        """Whether a tensor is of a layer that predicts further tokens, which is not loaded."""
+        found, L = re.match(r"model\.layers\.(\d{1,9})\.", name, re.ASCII), self.cfg.num_layers
+        return found is not None and 0 <= int(found[1]) - L < getattr(self.cfg, "mtp_layers", 0)
+
     def abstract_model(self, dtype: Any, stacks: Sequence[Stack] | None = None) -> Any:
         """The model with ShapeDtypeStructs for parameters; see `Decoder`."""
         return self._model(self.cfg, dtype, stacks)
 
     def slots(self) -> dict[str, Slot]:
         """Hugging Face name -> Slot, in the order of the forward pass."""
-        model = self.abstract_model(jnp.float32, [Stack(range(1))])
-        before, layers, after = {}, [], {}
+        model = self.abstract_model(jnp.float32)
+        before, after = {}, {}
+        stacks = [[] for _ in model.stacks]
         for path, _, shape, product in _parameters(model):
-            if path.startswith("layers/0/"):
-                layers.append((path.removeprefix("layers/0/"), shape[1:], product))
+            if path.startswith("layers/"):
+                _, s, in_layer = path.split("/", 2)
+                stacks[int(s)].append((in_layer, shape[1:], product))
             else:
                 part = before if path.startswith("embed") else after
                 part[self._checkpoint_name(path)] = Slot(path, None, shape)
         stacked = {
             self._checkpoint_name(f"layers/{l}/{path}"): Slot(path, l, shape, product)
-            for l in range(self.cfg.num_layers)
-            for path, shape, product in layers
+            for stack, parameters in zip(model.stacks, stacks, strict=True)
+            for l in stack.layers
+            for path, shape, product in parameters
         }
         return {**before, **stacked, **after}
 
@@ -134,8 +158,9 @@ def places(model: Any, slots: Mapping[str, Slot]) -> dict[str, Place]:
             result[name] = found[slot.path]
         else:
             s = stack_of[slot.layer]
-            index = slot.layer - model.stacks[s].layers.start
-            result[name] = dataclasses.replace(found[f"layers/{s}/{slot.path}"], index=index)
+            place = found[f"layers/{s}/{slot.path}"]
+            index = (slot.layer - model.stacks[s].layers.start, *place.index)
+            result[name] = dataclasses.replace(place, index=index)
     return result
 
 
@@ -149,14 +174,22 @@ def _parameters(
             for name, param in _children(module):
                 L, _, *rest = param.get_value().shape
                 path = "/".join((*parents, part, name))
-                yield path, Place(param, None, start), (L, end - start, *rest), product
+                yield path, Place(param, (), start), (L, end - start, *rest), product
+        return
+    if isinstance(module, ExpertLinear):
+        parents, param = prefix[:-1], module.weight
+        L, E, _, K = param.get_value().shape
+        for e in range(E):
+            for part, (start, end) in zip(module.names, module.rows, strict=True):
+                path = "/".join((*parents, str(e), part, "weight"))
+                yield path, Place(param, (e,), start), (L, end - start, K), EXPERTS
         return
     if isinstance(module, SeparateLinear):
         prefix = prefix[:-1]
     for name, child in _children(module):
         path = (*prefix, name)
         if isinstance(child, nnx.Param):
-            yield "/".join(path), Place(child, None, 0), child.get_value().shape, None
+            yield "/".join(path), Place(child, (), 0), child.get_value().shape, None
         else:
             yield from _parameters(child, path)
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -35,21 +36,36 @@ class StableLMConfig(DenseConfig):
         )
 
 
-class LayerNorm(RMSNorm):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CenteredNorm:
     """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`, all in float32."""
+
+    weight: Float[Array, "*L K"]
+    bias: Float[Array, "*L K"]
+    eps: float = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, x: Float[Array, "*batch K"], layer: Any = None) -> Float[Array, "*batch K"]:
+        """Normalizes the last axis."""
+        at = ... if layer is None else layer
+        weight, bias = (p[at].astype(jnp.float32) for p in (self.weight, self.bias))
+        x32 = x.astype(jnp.float32)
+        x32 -= jnp.mean(x32, axis=-1, keepdims=True)
+        normed = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (normed * weight + bias).astype(x.dtype)
+
+
+class LayerNorm(RMSNorm):
+    """The norm of StableLM."""
 
     def __init__(self, *shape: int, eps: float, dtype: Any):
         super().__init__(*shape, eps=eps, dtype=dtype)
         self.bias = unloaded(*shape, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "*batch K"], layer: Any = None) -> Float[Array, "*batch K"]:
-        """Normalizes; `layer` picks from a stack."""
-        at = ... if layer is None else layer
-        weight, bias = (p.get_value()[at].astype(jnp.float32) for p in (self.weight, self.bias))
-        x32 = x.astype(jnp.float32)
-        x32 -= jnp.mean(x32, axis=-1, keepdims=True)
-        normed = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (normed * weight + bias).astype(x.dtype)
+    @property
+    def prologue(self) -> CenteredNorm:
+        """See `RMSNorm.prologue`."""
+        return CenteredNorm(self.weight.get_value(), self.bias.get_value(), self.eps)
 
 
 class Layers(llama.Layers):

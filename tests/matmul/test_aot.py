@@ -18,16 +18,20 @@ pytestmark = pytest.mark.skipif(
     not find_spec("jax_cuda13_plugin"), reason="needs jax-cuda13-plugin, to compile for a GPU"
 )
 
-# M, N, K, x, y, and the kernel that multiplies
+# M, N, K, x, y, prologue, and the kernels
 PRODUCTS = [
-    (1, 4096, 4096, "bfloat16", "bfloat16", "decode"),  # K is split
-    (5, 576, 1536, "float32", "bfloat16", "decode"),
-    (64, 28672, 4096, "bfloat16", "float32", "decode"),
-    (100, 200, 96, "bfloat16", "bfloat16", "decode"),
-    (130, 192, 576, "bfloat16", "float32", "gemm"),
-    (300, 8, 32, "float32", "float32", "gemm"),
-    (512, 4096, 14336, "bfloat16", "bfloat16", "gemm"),
-    (4096, 28672, 4096, "bfloat16", "bfloat16", "gemm"),  # in clusters
+    (1, 4096, 4096, "bfloat16", "bfloat16", None, ["gemv_fp8"]),
+    (1, 28672, 4096, "bfloat16", "bfloat16", "rms_norm", ["gemv_fp8"]),
+    (1, 4096, 14336, "bfloat16", "float32", "silu_mul", ["quantize_token_", "gemv_fp8"]),
+    (4, 1536, 1280, "float32", "float32", "rms_norm", ["gemv_fp8"]),
+    (6, 4096, 4096, "bfloat16", "bfloat16", None, ["quantize_activations", "decode_fp8"]),
+    (5, 576, 1536, "float32", "bfloat16", None, ["quantize_activations", "decode_fp8"]),
+    (64, 28672, 4096, "bfloat16", "float32", "rms_norm", ["quantize_tokens", "decode_fp8"]),
+    (100, 200, 96, "bfloat16", "bfloat16", None, ["quantize_activations", "decode_fp8"]),
+    (130, 192, 576, "bfloat16", "float32", "rms_norm", ["quantize_activations", "gemm_fp8"]),
+    (300, 8, 32, "float32", "float32", None, ["quantize_activations", "gemm_fp8"]),
+    (512, 4096, 14336, "bfloat16", "bfloat16", "silu_mul", ["quantize_tokens", "gemm_fp8"]),
+    (4096, 28672, 4096, "bfloat16", "bfloat16", "rms_norm", ["quantize_tokens", "gemm_fp8"]),
 ]
 
 
@@ -44,8 +48,9 @@ def compiled():
 
 @pytest.mark.parametrize(("product", "i"), [(p, i) for i, p in enumerate(PRODUCTS)])
 def test_a_product_compiles(compiled, product, i):
-    assert "jaxquant_quantize_activations" in compiled[i]
-    assert f"jaxquant_{product[-1]}_fp8" in compiled[i]
+    for kernel in product[-1]:
+        assert f"jaxquant_{kernel}" in compiled[i]
+    assert ("jaxquant_quantize" in compiled[i]) == (len(product[-1]) > 1)
 
 
 def compile_for_h200(products: list) -> list[str | None]:
@@ -55,7 +60,7 @@ def compile_for_h200(products: list) -> list[str | None]:
     from jax.experimental import topologies
 
     from jaxquant.array import QuantizedArray
-    from jaxquant.matmul import mosaic_gpu
+    from jaxquant.matmul import RMSNorm, SiluMul, mosaic_gpu
 
     mosaic_gpu._multiprocessors = lambda x: 132
     spec = (Path(__file__).parent / "h200.txtpb").read_text()
@@ -63,17 +68,21 @@ def compile_for_h200(products: list) -> list[str | None]:
     mesh = topologies.make_mesh(topology, (1,), ("x",))
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-    def compile_product(M, N, K, x_dtype, out_dtype, _):
-        def product(x, qvalue, scale, layer):
+    def compile_product(M, N, K, x_dtype, out_dtype, name, _):
+        def product(x, qvalue, scale, layer, norm, bias, residual):
             w = QuantizedArray(qvalue, scale, (128, 128), np.dtype(jnp.bfloat16))
-            return mosaic_gpu.matmul(x, w, layer, out_dtype)
+            prologue = {"rms_norm": RMSNorm(norm, 1e-5), "silu_mul": SiluMul(), None: None}[name]
+            return mosaic_gpu.matmul(x, w, layer, out_dtype, prologue, bias, residual)
 
         scale_shape = (2, -(-N // 128), -(-K // 128))
         operands = [
-            ((M, K), x_dtype),
+            ((M, 2 * K if name == "silu_mul" else K), x_dtype),
             ((2, N, K), "float8_e4m3fn"),
             (scale_shape, "float32"),
             ((), "int32"),
+            ((2, K), x_dtype),
+            ((2, N), out_dtype),
+            ((M, N), out_dtype),
         ]
         args = [jax.ShapeDtypeStruct(*o, sharding=replicated) for o in operands]
         return jax.jit(product).lower(*args).compile().as_text()

@@ -16,7 +16,7 @@ from jaxquant import blocked
 from jaxquant.array import QuantizedArray
 from jaxquant.config import QuantConfig
 from jaxquant.errors import JaxquantError
-from jaxquant.matmul import matmul
+from jaxquant.matmul import RMSNorm, SiluMul, matmul
 
 # Most calls are jitted: eager ones compile each operation by itself.
 jitted = jax.jit(matmul, static_argnames=("preferred_element_type", "implementation"))
@@ -285,3 +285,95 @@ def test_unknown_implementation_is_refused_for_plain_weights_too():
 def test_layer_out_of_range_is_refused(layer):
     with pytest.raises(JaxquantError, match=rf"layer is {layer}; allowed"):
         matmul(X, STACK, layer=layer)
+
+
+# What stands around it ----------------------------------------------------------------------------
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    return x.astype(BF16).astype(np.float64)
+
+
+def test_rms_norm_is_its_definition():
+    x, weight = activations((3, 64)), activations((2, 64), seed=2)
+    a = np.asarray(x, np.float64)
+    quotient = rounded(a / np.sqrt(np.mean(a**2, axis=-1, keepdims=True) + 1e-5))
+    expected = rounded(quotient * np.asarray(weight[1], np.float64))
+    y = jax.jit(lambda x, norm: norm(x, 1))(x, RMSNorm(weight, 1e-5))
+    # An ulp of bfloat16, where a quotient is as good as halfway.
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-7)
+    assert (np.asarray(y, np.float64) == expected).mean() > 0.99
+    np.testing.assert_array_equal(y, RMSNorm(weight[1], 1e-5)(x))
+
+
+def test_silu_mul_is_rounded_once():
+    x = activations((3, 128))
+    gate, up = np.split(np.asarray(x, np.float64), 2, axis=-1)
+    expected = rounded(gate / (1 + np.exp(-gate)) * up)
+    y = jax.jit(lambda x: SiluMul()(x))(x)
+    assert (np.asarray(y, np.float64) == expected).mean() > 0.99
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_bias_and_residual_are_added_as_separate_operations_are(quantize):
+    w = quantized((2, 16, 256))
+    w = w if quantize else blocked.dequantize(w)
+    x, norm = activations((3, 256)), RMSNorm(activations((2, 256), seed=2), 1e-5)
+    bias, residual = activations((2, 16), seed=3), activations((3, 16), seed=4)
+    y = jitted(x, w, layer=1, prologue=norm, bias=bias, residual=residual)
+    separate = rounded(np.asarray(jitted(norm(x, 1), w, layer=1), np.float64))
+    separate = rounded(separate + np.asarray(bias[1], np.float64))
+    separate = rounded(separate + np.asarray(residual, np.float64))
+    np.testing.assert_array_equal(np.asarray(y, np.float64), separate)
+    y = jitted(x, w, layer=-1, prologue=norm, bias=bias[1], residual=residual)
+    np.testing.assert_array_equal(np.asarray(y, np.float64), separate)
+
+
+def test_gradients_reach_all_that_stands_around():
+    w = quantized((2, 16, 256), dtype=F32)
+    x, norm = activations((3, 512), dtype=F32), activations((256,), dtype=F32, seed=2)
+    bias = activations((2, 16), dtype=F32, seed=3)
+    residual = activations((3, 16), dtype=F32, seed=4)
+    dense = blocked.dequantize(w, jnp.float32)[1]
+
+    def loss(product, x, norm, bias, residual):
+        x = product(x, prologue=SiluMul())
+        return jnp.sum(jnp.sin(product(x, prologue=RMSNorm(norm, 1e-5), bias=bias)) * residual)
+
+    def quantized_product(x, prologue, bias=None):
+        if bias is None:
+            return prologue(x)
+        return matmul(x, w, layer=1, prologue=prologue, bias=bias, residual=residual)
+
+    def separate(x, prologue, bias=None):
+        if bias is None:
+            return prologue(x)
+        # The value of the quantized product, the derivative of the other.
+        y = prologue(x) @ dense.T + bias[1] + residual
+        return y + jax.lax.stop_gradient(quantized_product(x, prologue, bias) - y)
+
+    arguments = x, norm, bias, residual
+    grads, expected = (
+        jax.grad(lambda *a, f=f: loss(f, *a), argnums=(0, 1, 2))(*arguments)
+        for f in (quantized_product, separate)
+    )
+    for grad, other in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(grad, other, rtol=2e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"prologue": SiluMul()},
+            "SiluMul of x [3, 256] is [3, 128], which does not fit w stored as [2, 16, 256]: "
+            "their last axes are contracted and must be equal",
+        ),
+        ({"bias": jnp.ones(15)}, "bias is [15]; allowed: [16] or [2, 16]"),
+        ({"residual": jnp.ones((2, 16))}, "residual is [2, 16]; allowed: [3, 16]"),
+    ],
+)
+def test_what_does_not_fit_around_a_product(arguments, message):
+    with pytest.raises(JaxquantError) as caught:
+        matmul(activations((3, 256)), quantized((2, 16, 256)), layer=0, **arguments)
+    assert str(caught.value) == f"matmul: {message}"

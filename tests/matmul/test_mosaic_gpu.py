@@ -21,8 +21,8 @@ from numpy_reference import BF16, heavy_tailed, make_weight, normal, zero_blocks
 from jaxquant import blocked
 from jaxquant.array import QuantizedArray
 from jaxquant.config import QuantConfig
-from jaxquant.matmul import decode_sm90, gemm_sm90, mosaic_gpu
-from jaxquant.matmul.act_quant_sm90 import quantize_activations
+from jaxquant.matmul import RMSNorm, SiluMul, decode_sm90, gemm_sm90, gemv_sm90, mosaic_gpu
+from jaxquant.matmul.act_quant_sm90 import quantize_activations, quantize_token, quantize_tokens
 from jaxquant.matmul.api import matmul
 
 # Few, so that a thread block goes through several tiles.
@@ -135,6 +135,119 @@ def test_activations_are_quantized_to_the_byte(hopper, dtype, K):
     assert numpy_reference.differing(qvalue[:24], expected_qvalue) == 0
     assert numpy_reference.differing(scale.T[:24], expected_scale) == 0
     assert not np.asarray(qvalue[24:], F32).any()
+
+
+def prologue_of(name: str, K: int, dtype: np.dtype = BF16) -> Any:
+    if name == "rms_norm":
+        return RMSNorm(tokens((3, K), dtype=dtype), eps=1e-5)
+    return {"silu_mul": SiluMul(), "none": None}[name]
+
+
+@pytest.mark.parametrize(
+    ("M", "K", "name", "dtype"),
+    [(13, 384, "rms_norm", BF16), (8, 128, "silu_mul", F32), (10, 256, "none", BF16)],
+)
+def test_tokens_are_quantized_after_a_prologue(hopper, M, K, name, dtype):
+    x = tokens((M, 2 * K if name == "silu_mul" else K), heavy_tailed, dtype)
+    prologue = prologue_of(name, K, dtype)
+    layer = jnp.full(1, -2, jnp.int32)
+    qvalue, scale = quantize_tokens(prologue, x, layer, K, rows=16, scale_rows=64)
+    assert_quantized(qvalue[:M], scale.T[:M], x if prologue is None else prologue(x, 1))
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "silu_mul", "none"])
+def test_a_token_is_quantized_after_a_prologue(hopper, name):
+    K = 1152  # whose last 8 groups overlap the ones before
+    x = tokens((2, 2 * K if name == "silu_mul" else K))
+    prologue = prologue_of(name, K)
+    qvalue, scale = quantize_token(prologue, x, jnp.full(1, 2, jnp.int32), K)
+    assert_quantized(qvalue, scale.reshape(2, -1), x if prologue is None else prologue(x, 2))
+
+
+def assert_quantized(qvalue: Any, scale: Any, x: jax.Array) -> None:
+    """To the byte, but for values that differ before they are rounded, in a norm or an exp."""
+    expected_qvalue, expected_scale = numpy_reference.quantize_activations(np.asarray(x))
+    assert numpy_reference.differing(qvalue, expected_qvalue) <= 0.002 * qvalue.size
+    np.testing.assert_allclose(scale, expected_scale, rtol=2**-7)
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "rows", "consumers", "dtype"),
+    [
+        (1, 128, 1024, 64, 4, BF16),
+        (2, 136, 1280, 24, 1, BF16),  # tiles on both sides of a scale's end
+        (1, 200, 1536, 32, 3, F32),  # the last tile overlaps the one before
+    ],
+)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_every_cut_of_the_kernel_for_one_token(hopper, M, N, K, rows, consumers, dtype, quantized):
+    x, w, layer = tokens((M, K), dtype=dtype), weight((1, N, K)), jnp.zeros(1, jnp.int32)
+    x_operands = quantize_token(None, x, layer, K) if quantized else (x, None)
+    config = gemv_sm90.Config(rows, consumers)
+    y = gemv_sm90.gemv(
+        *x_operands, w.qvalue, w.scale, layer, out_dtype=dtype, config=config, sms=SMS
+    )
+    assert y.dtype == dtype
+    assert_close(y, definition(x, w.qvalue[0], w.scale[0]))
+
+
+@pytest.mark.parametrize(
+    ("M", "K", "name"),
+    [(1, 1024, "rms_norm"), (2, 1280, "silu_mul"), (3, 160, "rms_norm"), (9, 256, "silu_mul"),
+     (66, 128, "rms_norm")],
+)  # fmt: skip
+def test_what_stands_around_a_product(hopper, M, K, name):
+    x = tokens((M, 2 * K if name == "silu_mul" else K))
+    w, prologue = weight((3, 72, K)), prologue_of(name, K)
+    bias, residual = tokens((3, 72)), tokens((M, 72))
+    y = matmul(x, w, layer=1, prologue=prologue, bias=bias, residual=residual)
+    xla_y = matmul(
+        x, w, layer=1, prologue=prologue, bias=bias, residual=residual, implementation="xla"
+    )
+    assert_close(y, np.asarray(xla_y, np.float64))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Twice:
+    def __call__(self, x: jax.Array, layer: Any = None) -> jax.Array:
+        return 2 * x
+
+
+def test_a_prologue_that_no_kernel_knows(hopper):
+    x, w = tokens((1, 1024)), weight((64, 1024))
+    y = matmul(x, w, prologue=Twice(), implementation="mosaic_gpu")
+    assert_close(y, 2 * definition(x, w.qvalue, w.scale))
+
+
+def test_vmap_over_what_stands_around(hopper):
+    x, w = tokens((2, 4, 128)), weight((2, 3, 64, 128))
+    norms, residual = tokens((2, 3, 128)), tokens((2, 4, 64))
+
+    def product(x, w, norm, residual, **kwargs):
+        return matmul(x, w, layer=-1, prologue=RMSNorm(norm, 1e-5), residual=residual, **kwargs)
+
+    ys = jax.vmap(product)(x, w, norms, residual)
+    for i, y in enumerate(ys):
+        of = jax.tree.map(lambda a, i=i: a[i], (x, w, norms, residual))
+        assert_close(y, np.asarray(product(*of, implementation="xla"), np.float64))
+    shared = tokens((64,))
+    ys = jax.vmap(lambda x: matmul(x, jax.tree.map(lambda a: a[0, 0], w), residual=shared))(x[0])
+    assert ys.shape == (4, 64)
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "config"),
+    [
+        (4096, 14336, (64, 4)),
+        (6144, 4096, (64, 4)),
+        (28672, 4096, (56, 4)),
+        (1536, 1536, (16, 3)),
+        (8, 1280, (8, 1)),
+    ],
+)
+def test_how_one_token_is_cut_for_132_multiprocessors(N, K, config):
+    assert dataclasses.astuple(gemv_sm90.default_config(N, K, 132)) == config
 
 
 def test_a_scan_reads_each_layer_of_a_stack(hopper):

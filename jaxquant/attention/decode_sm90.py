@@ -1,0 +1,315 @@
+"""Decode attention on Hopper: one query token of each sequence, bound by reading the cache.
+
+The operands change places, as in the decode matmul: wgmma's 64-row side runs over the slots of the
+cache and then over the dims of a head, its other side over the N query heads that share a
+key/value head, so that few of its rows idle. A tile of T slots is
+
+    logits = k [T, D] @ q^T [D, N],  p = exp2(logits - maximum),  sum^T += v^T [D, T] @ p [T, N]
+
+A thread block is one warpgroup. It works through tiles of one head and itself copies the next ones
+while it computes; a second thread block on the multiprocessor hides what is left of the latencies.
+
+Where there are few heads, a cluster of thread blocks deals the tiles of one among its members. Each
+leaves its part of the sum in global memory, and behind a cluster barrier the first adds them up, in
+order.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, BFloat16, Int32
+
+from jaxquant.matmul.sm90 import in_stack, round_up, swizzled
+
+_LOG2_E = math.log2(math.e)
+_WGMMA = plgpu.Layout.WGMMA
+# A value for each query head, in every thread that holds its column.
+_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+# The largest cluster that fits everywhere. Of 16, too few fit into an H200 at a time.
+_MAX_SPLITS = 8
+# More were slower: then only one thread block fits into a multiprocessor.
+_MAX_STAGES = 3
+# Slots from which larger tiles pay where a multiprocessor has but one thread block.
+_LONG = 4096
+# The maximum and the sum of the weights, and padding, since 128 threads share a copy.
+_STATISTICS = 4
+# SMEM of a multiprocessor, and what a thread block loses of its share to barriers and alignment.
+_SMEM_BYTES = 228 << 10
+_SMEM_RESERVED = 5 << 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the work is cut.
+
+    Attributes:
+      tile: slots of the cache in a tile, a multiple of 64.
+      stages: tiles of keys and tiles of values that SMEM holds, at least 2.
+      splits: thread blocks that share a head, 1 to 8.
+    """
+
+    tile: int
+    stages: int
+    splits: int
+
+
+def padded_group(G: int) -> int:
+    """Query heads that the kernel computes for a group of G: a width that wgmma has.
+
+    Not a multiple of 32: such a row of float32 would hit the same SMEM banks as the next one.
+    """
+    N = round_up(G, 8)
+    return N + 8 if N % 32 == 0 else N
+
+
+def default_config(B: int, H: int, G: int, S: int, D: int, sms: int) -> Config:
+    """As many splits as leave each of the `sms` multiprocessors at most one thread block."""
+    heads, splits = B * H, 1
+    while splits < _MAX_SPLITS and 2 * splits * heads <= sms and splits * 64 < S:
+        splits *= 2
+    N, D = padded_group(G), round_up(D, 64)
+    alone = 2 * splits * heads <= sms and S >= _LONG
+    tile = 128 if D == 64 or (alone and D == 128) else 64
+    part = (D + _STATISTICS) * N * 4
+
+    def fitting_stages(residents: int, splits: int) -> int:
+        """Stages beside the rest where `residents` thread blocks share the multiprocessor."""
+        fixed = _SMEM_RESERVED + 2 * N * (D + tile) + (part if splits > 1 else 0)
+        room = _SMEM_BYTES // residents - fixed
+        # The parts take the place of the stages in the end.
+        return 0 if splits * part > room else room // (4 * tile * D)
+
+    while splits > 1 and fitting_stages(1, splits) < 2:
+        splits //= 2
+    stages = 0 if alone else fitting_stages(2, splits)
+    if stages < 2:
+        stages = fitting_stages(1, splits)
+    return Config(tile, min(stages, _MAX_STAGES), splits)
+
+
+def decode(
+    q: BFloat16[Array, "B Hq D"],
+    k: BFloat16[Array, "L B H S D"],
+    v: BFloat16[Array, "L B H S D"],
+    layer: Int32[Array, "1"],
+    lengths: Int32[Array, " B"],
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    config: Config,
+) -> BFloat16[Array, "B Hq D"]:
+    """`jaxquant.attention.decode_attention` in one kernel.
+
+    Args:
+      q: D a multiple of 16 up to 256, at most 64 heads for each of the cache's.
+      k: S a multiple of 8.
+      v: likewise.
+      layer: which of the L.
+      lengths: filled slots; the others are not read, but for those in the last one's tile.
+      window: last slots that are attended to, or None for all.
+      scale: of the logits.
+      softcap: bound of the logits, or None.
+      config: see `default_config`.
+    """
+    (B, Hq, D), (L, _, H, S, _) = q.shape, k.shape
+    G = Hq // H
+    N, dims = padded_group(G), round_up(D, 64)
+    tile, stages, splits = config.tile, config.stages, config.splits
+
+    def smem(*shape):
+        return plgpu.SMEM(shape, jnp.bfloat16, transforms=swizzled(D, jnp.bfloat16))
+
+    def zeros(rows):
+        return plgpu.layout_cast(jnp.zeros((rows, N), jnp.float32), _WGMMA)
+
+    def column(value):
+        return plgpu.layout_cast(jnp.full((N,), value, jnp.float32), _COLUMN)
+
+    def across(values, rows):
+        return lax.broadcast_in_dim(values, (rows, N), [1])
+
+    def product(a, b):
+        def run(accumulator):
+            plgpu.wgmma(accumulator, a, b)
+            return accumulator[...]
+
+        return pl.run_scoped(run, plgpu.ACC((a.shape[0], N), jnp.float32))
+
+    def kernel(q_gmem, k_gmem, v_gmem, layer_gmem, lengths_gmem, out_gmem, *refs):
+        *parts_gmem, q_smem, p_smem, q_full, k_full, v_full = refs[: 5 + len(parts)]
+        exchange = refs[5 + len(parts) :]
+        head = lax.axis_index("head")
+        split = lax.axis_index("split") if splits > 1 else 0
+        # Slices that start here may reach beyond the array. Pallas would refuse static ones.
+        zero = lax.mul(head, 0)
+        plgpu.copy_gmem_to_smem(q_gmem.at[head, pl.ds(zero, N), pl.ds(zero, dims)], q_smem, q_full)
+        end = jnp.minimum(lengths_gmem[lax.div(head, H)], S)
+        start = lax.mul(end, 0) if window is None else jnp.maximum(end - window, 0)
+        first_tile = lax.div(start, tile) + split
+        steps = lax.div(lax.div(end + (tile - 1), tile) - first_tile + (splits - 1), splits)
+        row = in_stack(layer_gmem[0], L) * (B * H) + head
+
+        def first_slot(step):
+            return (first_tile + step * splits) * tile
+
+        def attended(shape, slot0):
+            slot = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA) + slot0
+            return (slot >= start) & (slot < end)
+
+        def attend(k_smem, v_smem):
+            """The sum, the maximum and the sum of the weights over this thread block's tiles."""
+
+            def copy(gmem, smem, full, step):
+                @pl.when(step < steps)
+                def _copy():
+                    stage = lax.rem(step, stages)
+                    slots = pl.ds(first_slot(step), tile)
+                    plgpu.copy_gmem_to_smem(
+                        gmem.at[row, slots, pl.ds(zero, dims)], smem.at[stage], full.at[stage]
+                    )
+
+            for step in range(stages):
+                copy(k_gmem, k_smem, k_full, jnp.int32(step))
+                if step < stages - 1:
+                    copy(v_gmem, v_smem, v_full, jnp.int32(step))
+            plgpu.barrier_wait(q_full)
+
+            def add_tile(step, carry):
+                total, maximum, weights = carry
+                stage, slot0 = lax.rem(step, stages), first_slot(step)
+
+                plgpu.barrier_wait(k_full.at[stage])
+                logits = product(k_smem.at[stage], q_smem.T)
+                # In units of log(2), for exp2.
+                if softcap is None:
+                    logits *= scale * _LOG2_E
+                else:  # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+                    squared = jnp.exp2(logits * (2 * scale / softcap * _LOG2_E))
+                    logits = softcap * _LOG2_E * (1 - 2 / (squared + 1))
+                logits = jnp.where(attended((tile, N), slot0), logits, -jnp.inf)
+                new_maximum = jnp.maximum(maximum, jnp.max(logits, axis=0))
+                p = jnp.exp2(logits - across(new_maximum, tile))
+                shrink = jnp.exp2(maximum - new_maximum)
+                p_smem.T[...] = plgpu.layout_cast(
+                    p.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED
+                )
+
+                plgpu.barrier_wait(v_full.at[stage])
+
+                @pl.when((slot0 < start) | (slot0 + tile > end))
+                def _silence():  # a weight of 0 does not silence NaN
+                    for i in range(0, tile, 64):
+                        values = v_smem.at[stage, pl.ds(i, 64)]
+                        value = plgpu.load(values, layout=_WGMMA)
+                        mask = attended((64, dims), slot0 + i)
+                        values[...] = jnp.where(mask, value, jnp.zeros_like(value))
+
+                # Behind this barrier all warps are done with these keys and the last values.
+                plgpu.commit_smem()
+                copy(k_gmem, k_smem, k_full, step + stages)
+                copy(v_gmem, v_smem, v_full, step + stages - 1)
+
+                total = total * across(shrink, dims) + product(v_smem.at[stage].T, p_smem.T)
+                return total, new_maximum, weights * across(shrink, tile) + p
+
+            init = zeros(dims), column(-jnp.inf), zeros(tile)
+            total, maximum, weights = lax.fori_loop(0, steps, add_tile, init)
+            return total, maximum, jnp.sum(weights, axis=0)
+
+        def write(total, weight):
+            y = (total / across(weight, dims)).astype(jnp.bfloat16)
+            y_smem = q_smem  # q is done with
+            y_smem.T[...] = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(y_smem, out_gmem.at[head, pl.ds(zero, N), pl.ds(zero, dims)])
+            plgpu.wait_smem_to_gmem(0)
+
+        ring = smem(stages, tile, dims), smem(stages, tile, dims)
+        total, maximum, weight = pl.run_scoped(attend, *ring, collective_axes="warpgroup")
+        if splits == 1:
+            write(total, weight)
+            return
+
+        sum_smem, statistics_smem, landed, arrived = exchange
+        sum_smem[...] = total
+        statistics_smem[0] = maximum
+        statistics_smem[1] = weight
+        plgpu.commit_smem()
+        for part_smem, part_gmem in zip((sum_smem, statistics_smem), parts_gmem, strict=True):
+            plgpu.copy_smem_to_gmem(part_smem, part_gmem.at[head * splits + split])
+        plgpu.wait_smem_to_gmem(0)
+        plgpu.barrier_arrive(arrived)
+        plgpu.barrier_wait(arrived)
+
+        def add_parts(*parts_smem):
+            sums_smem, statistics_smem = parts_smem
+            for part_gmem, part_smem in zip(parts_gmem, parts_smem, strict=True):
+                plgpu.copy_gmem_to_smem(
+                    part_gmem.at[pl.ds(head * splits, splits)], part_smem, landed
+                )
+            plgpu.barrier_wait(landed)
+
+            def add_part(i, carry):
+                total, maximum, weight = carry
+                part = plgpu.load(sums_smem.at[i], layout=_WGMMA)
+                part_maximum = plgpu.load(statistics_smem.at[i, 0], layout=_COLUMN)
+                part_weight = plgpu.load(statistics_smem.at[i, 1], layout=_COLUMN)
+                new_maximum = jnp.maximum(maximum, part_maximum)
+                shrink, part_shrink = (jnp.exp2(m - new_maximum) for m in (maximum, part_maximum))
+                total = total * across(shrink, dims) + part * across(part_shrink, dims)
+                return total, new_maximum, weight * shrink + part_weight * part_shrink
+
+            # The first part has a tile, so that its maximum is finite.
+            init = zeros(dims), column(-jnp.inf), column(0)
+            total, _, weight = lax.fori_loop(0, splits, add_part, init)
+            return total, weight
+
+        @pl.when(split == 0)
+        def _combine():
+            parts_smem = [plgpu.SMEM((splits, *part), jnp.float32) for part in parts]
+            write(*pl.run_scoped(add_parts, *parts_smem, collective_axes="warpgroup"))
+
+    # TMA pads fewer than 8 rows itself.
+    rows = G if G < 8 else N
+    q = q.reshape(B * H, G, D)
+    if rows > G:
+        q = jnp.pad(q, ((0, 0), (0, rows - G), (0, 0)))
+    out_type = [jax.ShapeDtypeStruct((B * H, rows, D), jnp.bfloat16)]
+    scratch: list[Any] = [
+        smem(N, dims),
+        smem(N, tile),
+        plgpu.Barrier(),
+        plgpu.Barrier(num_barriers=stages),
+        plgpu.Barrier(num_barriers=stages),
+    ]
+    parts, cluster = (), {}
+    if splits > 1:
+        parts = (dims, N), (_STATISTICS, N)
+        out_type += [jax.ShapeDtypeStruct((B * H * splits, *part), jnp.float32) for part in parts]
+        scratch += [
+            *(plgpu.SMEM(part, jnp.float32) for part in parts),
+            plgpu.Barrier(num_arrivals=len(parts)),
+            plgpu.ClusterBarrier(collective_axes=("split",)),
+        ]
+        cluster = {"cluster": (splits,), "cluster_names": ("split",)}
+    out, *_ = plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=(B * H,),
+        grid_names=("head",),
+        **cluster,
+        num_threads=1,
+        thread_name="warpgroup",
+        kernel_name="jaxquant_decode_attention",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    )(q, k.reshape(-1, S, D), v.reshape(-1, S, D), layer, lengths)
+    return out[:, :G].reshape(B, Hq, D)

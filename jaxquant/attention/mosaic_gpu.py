@@ -1,0 +1,135 @@
+"""Pallas kernel (Mosaic GPU) behind `decode_attention`: what it takes, and what vmap makes of it.
+
+It is for Hopper (compute capability 9.0); every other device keeps the XLA reference.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, BFloat16, Float, Int, Int32
+
+from jaxquant.matmul.mosaic_gpu import _device, _log_once
+
+_MAX_GROUP = 64
+_MAX_HEAD_DIM = 256
+# What TMA's swizzled tiles divide.
+_HEAD_DIM_ALIGNMENT = 16
+_SLOT_ALIGNMENT = 8
+
+
+def decode_attention(
+    q: Float[Array, "B Hq D"],
+    k: Float[Array, "L B H S D"],
+    v: Float[Array, "L B H S D"],
+    layer: Any,
+    lengths: Int[Array, " B"],
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B Hq D"]:
+    """One pass over the filled slots. See `jaxquant.attention.decode_attention`.
+
+    Raises:
+      NotImplementedError: the device or the operands are not what the kernel takes; says why.
+    """
+    sms = _multiprocessors(q)
+    _check_operands(q, k, v)
+    run = _batchable(window, scale, softcap, sms)
+    layer = jnp.asarray(layer, jnp.int32).reshape(1)
+    return run(q, k, v, layer, lengths.astype(jnp.int32))
+
+
+def _multiprocessors(q: Any) -> int:
+    """Multiprocessors of the Hopper GPU that the kernel will run on."""
+    device = _device(q)
+    if device.platform != "gpu":
+        reason = f"mosaic_gpu: the device is a {device.platform}; the kernel is for Hopper GPUs"
+    elif not str(device.compute_capability).startswith("9."):
+        reason = (
+            f"mosaic_gpu: {device.device_kind} has compute capability {device.compute_capability}; "
+            "the kernel is for 9.0 (Hopper)"
+        )
+    else:
+        return device.core_count
+    _log_once(f"{reason}: decode attention runs through XLA")
+    raise NotImplementedError(reason)
+
+
+def _check_operands(q: Any, k: Any, v: Any) -> None:
+    def refuse(what: str, allowed: str) -> None:
+        raise NotImplementedError(f"mosaic_gpu: {what}; the kernel takes {allowed}")
+
+    for name, a in (("q", q), ("k", k), ("v", v)):
+        if a.dtype != jnp.bfloat16:
+            refuse(f"{name} is {a.dtype}", "bfloat16")
+    if q.size == 0 or k.size == 0:
+        refuse(f"an operand is empty (q {list(q.shape)}, k {list(k.shape)})", "others")
+    (_, Hq, D), (_, _, H, S, _) = q.shape, k.shape
+    if D % _HEAD_DIM_ALIGNMENT or D > _MAX_HEAD_DIM:
+        refuse(f"D is {D}", f"multiples of {_HEAD_DIM_ALIGNMENT} up to {_MAX_HEAD_DIM}")
+    if S % _SLOT_ALIGNMENT:
+        refuse(f"S is {S}", f"multiples of {_SLOT_ALIGNMENT}")
+    if Hq // H > _MAX_GROUP:
+        refuse(f"{Hq // H} query heads share a key/value head", f"up to {_MAX_GROUP}")
+
+
+@functools.cache
+def _batchable(window: int | None, scale: float, softcap: float | None, sms: int) -> Any:
+    """`_run`, and what `jax.vmap` makes of it."""
+    options = {"window": window, "scale": scale, "softcap": softcap, "sms": sms}
+
+    @custom_vmap
+    def run(q, k, v, layer, lengths):
+        return _run(q, k, v, layer, lengths, **options)
+
+    @run.def_vmap
+    def _rule(axis_size, batched, q, k, v, layer, lengths):
+        # One after the other, each with its cache read in place: a batch of stacks is a longer
+        # stack.
+        from jaxquant.matmul.sm90 import in_stack
+
+        L = k.shape[-5]
+        index = jnp.broadcast_to(in_stack(layer, L), (axis_size, 1))
+        if batched[1] or batched[2]:
+            k, v = (
+                a if is_batched else jnp.broadcast_to(a, (axis_size, *a.shape))
+                for a, is_batched in zip((k, v), batched[1:3], strict=True)
+            )
+            index = index + L * jnp.arange(axis_size, dtype=jnp.int32)[:, None]
+            k, v = (a.reshape(-1, *a.shape[2:]) for a in (k, v))
+        q, lengths = (
+            a if is_batched else jnp.broadcast_to(a, (axis_size, *a.shape))
+            for a, is_batched in ((q, batched[0]), (lengths, batched[4]))
+        )
+        return lax.map(lambda of: run(of[0], k, v, of[1], of[2]), (q, index, lengths)), True
+
+    return run
+
+
+# Compiled once a shape, also where the caller does not jit.
+@functools.partial(jax.jit, static_argnames=("window", "scale", "softcap", "sms"))
+def _run(
+    q: BFloat16[Array, "B Hq D"],
+    k: BFloat16[Array, "L B H S D"],
+    v: BFloat16[Array, "L B H S D"],
+    layer: Int32[Array, "1"],
+    lengths: Int32[Array, " B"],
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    sms: int,
+) -> BFloat16[Array, "B Hq D"]:
+    # Imported here: Mosaic GPU is there only where jaxlib was built with it.
+    from jaxquant.attention import decode_sm90
+
+    (B, Hq, D), (_, _, H, S, _) = q.shape, k.shape
+    config = decode_sm90.default_config(B, H, Hq // H, S, D, sms)
+    return decode_sm90.decode(
+        q, k, v, layer, lengths, window=window, scale=scale, softcap=softcap, config=config
+    )

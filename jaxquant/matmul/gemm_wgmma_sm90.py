@@ -1,0 +1,128 @@
+"""One K block on Hopper's tensor cores, as PTX.
+
+`plgpu.wgmma` adds to an accumulator. The sum of a K block starts at zero, so that its registers
+would have to be cleared for each, and for that the compiler keeps a second set, which a thread
+block of 256x128 results has no room for (ptxas spills 108 bytes). The instruction itself can
+overwrite its result; Pallas has no name for that.
+
+Pallas' interpreter runs no PTX, and where K is no multiple of 128 SMEM tiles are narrower than
+this is written for: both take `plgpu.wgmma`.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax._src import config as jax_config
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array, mma_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import llvm
+
+from jaxquant.matmul.sm90 import FP8, K_BLOCK, multiply, swizzled
+
+_LAYOUT = plgpu.Layout.WGMMA
+# What a thread's registers of the result are to LLVM: single floats.
+_REGISTERS = fragmented_array.WGMMA_LAYOUT_ACC_32BIT
+_K_INSTRUCTION = 32
+_SWIZZLE = 128
+
+
+def start(a: Any, b: Any, block: Any, K: int) -> Any:
+    """Starts `block = a @ b^T` of SMEM tiles a `[64, 128]` and b `[n, 128]`.
+
+    Args:
+      a: float8_e4m3fn.
+      b: float8_e4m3fn; n a multiple of 8.
+      block: a float32 value `[64, n]` in the layout of wgmma, which the product replaces. Taken
+        so that the products of a loop, each of which gets the one before, share registers.
+      K: columns of the matrices that the tiles are of.
+
+    Returns:
+      The product, not to be read before `wait`.
+    """
+    if not _as_ptx(K):
+        return multiply(a, b)
+    tile = plgpu.RefType(swizzled(K, FP8))
+    result = plgpu.ShapeDtypeStruct(block.shape, jnp.dtype(jnp.float32), layout=_LAYOUT)
+
+    @plgpu.inline_mgpu(arg_types=(tile, tile, _LAYOUT), return_type=result)
+    def run(_, a, b, block):
+        n = block.shape[1]
+        b = mgpu.memref_transpose(b, (1, 0, 3, 2))
+        a, b = (
+            mma_utils.create_descriptor(
+                operand,
+                swizzle=_SWIZZLE,
+                large_tile=(rows, K_BLOCK),
+                group_size=group,
+                logical_k_major=is_b,
+            )[0][0]
+            for operand, rows, group, is_b in (
+                (a, 64, (64, K_BLOCK), False),
+                (b, K_BLOCK, (K_BLOCK, n), True),
+            )
+        )
+        return _inline(_multiply_ptx(n), block, a, b)
+
+    return run(a, b, block)  # pyright: ignore[reportCallIssue]
+
+
+def wait(block: Any, K: int, pending: int = 0) -> Any:
+    """Waits for what `start` returned, all but the last `pending` starts, and returns it."""
+    if not _as_ptx(K):
+        return block
+    result = plgpu.ShapeDtypeStruct(block.shape, jnp.dtype(jnp.float32), layout=_LAYOUT)
+
+    @plgpu.inline_mgpu(arg_types=(_LAYOUT,), return_type=result)
+    def run(_, block):
+        return _inline(f"wgmma.wait_group.sync.aligned {pending};", block)
+
+    return run(block)  # pyright: ignore[reportCallIssue]
+
+
+def _as_ptx(K: int) -> bool:
+    # No public name says that the interpreter is to run the kernel.
+    mode = getattr(jax_config, "pallas_tpu_interpret_mode_context_manager", None)
+    interpreted = mode is not None and mode.value is not None
+    return K % K_BLOCK == 0 and not interpreted
+
+
+def _multiply_ptx(n: int) -> str:
+    """The four instructions of a K block. Registers `$0`.. hold the sum, then a's and b's tile."""
+    registers = n // 2
+    total = "{" + ",".join(f"${i}" for i in range(registers)) + "}"
+    a, b = f"${2 * registers}", f"${2 * registers + 1}"
+    lines = [".reg .pred add; .reg .b64 a, b;", "wgmma.fence.sync.aligned;"]
+    for i in range(K_BLOCK // _K_INSTRUCTION):
+        # Descriptors count in 16 bytes.
+        step = i * _K_INSTRUCTION // 16
+        lines += [
+            f"setp.ne.b32 add, {i}, 0;",
+            f"add.s64 a, {a}, {step}; add.s64 b, {b}, {step};",
+            f"wgmma.mma_async.sync.aligned.m64n{n}k{_K_INSTRUCTION}.f32.e4m3.e4m3 "
+            f"{total}, a, b, add, 1, 1;",
+        ]
+    return "\n".join(["{", *lines, "wgmma.commit_group.sync.aligned;", "}"])
+
+
+def _inline(ptx: str, block: Any, *operands: Any) -> Any:
+    """Runs PTX that reads and writes `block` in its registers."""
+    block = block.to_layout(_REGISTERS)
+    registers = list(block.registers.flat)
+    types = [r.type for r in registers]
+    same = map(str, range(len(registers)))
+    constraints = ",".join([*("=f" for _ in registers), *same, *("l" for _ in operands)])
+    results = llvm.inline_asm(
+        llvm.StructType.get_literal(types),
+        [*registers, *operands],
+        ptx,
+        constraints,
+        asm_dialect=0,
+        has_side_effects=True,
+    )
+    for i, t in enumerate(types):
+        registers[i] = llvm.extractvalue(t, results, [i])
+    out = block.registers.copy()
+    out.flat[:] = registers
+    result = mgpu.FragmentedArray(_registers=out, _layout=block.layout, _is_signed=None)
+    return result.to_layout(mgpu.WGMMA_LAYOUT)

@@ -1,0 +1,157 @@
+"""The prefill kernel of Hopper: every tile, by Pallas's interpreter, against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_reference
+import pytest
+from jax import lax
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from numpy_reference import BF16, heavy_tailed, make_weight, normal, zero_blocks
+
+from jaxquant import blocked
+from jaxquant.config import QuantConfig
+from jaxquant.errors import JaxquantError
+from jaxquant.matmul import gemm_sm90, gemm_wgmma_sm90, tuning
+from jaxquant.matmul.gemm_sm90 import Config
+
+# Few, so that a thread block goes through several tiles.
+SMS = 2
+F32 = np.dtype(np.float32)
+
+
+def interpret(**params):
+    """A CPU that stands in for a Hopper GPU. What lies outside an array reads as zeros there."""
+    return plgpu.force_gpu_interpret_mode(
+        plgpu.InterpretGPUParams(
+            out_of_bounds_reads="uninitialized", uninitialized_memory="zero", **params
+        )
+    )
+
+
+@pytest.fixture
+def interpreter():
+    with interpret():
+        yield
+
+
+def operands(M, N, K, kind=normal, layers=1):
+    """What the kernel takes, and the product of each layer."""
+    x = make_weight(kind, (M, K), BF16, 1)
+    w = blocked.quantize(jnp.asarray(make_weight(kind, (layers, N, K), BF16, 0)), QuantConfig())
+    xq, sx = numpy_reference.quantize_activations(x)
+    a = numpy_reference.dequantize(xq, sx, (1, 128))
+    b = numpy_reference.dequantize(np.asarray(w.qvalue), np.asarray(w.scale), (128, 128))
+    sx = np.pad(sx.T, ((0, 0), (0, -M % 64)))
+    return (jnp.asarray(xq), jnp.asarray(sx), w.qvalue, w.scale), a @ np.swapaxes(b, -1, -2)
+
+
+def run(args, config, layer=0, out_dtype=BF16):
+    layer = jnp.asarray(layer, jnp.int32).reshape(1)
+    return gemm_sm90.gemm(*args, layer, out_dtype=out_dtype, config=config, sms=SMS)
+
+
+def assert_close(y, expected):
+    # What rounding the result costs; the sums in float32 are far closer.
+    tolerance = 3e-3 if y.dtype == BF16 else 1e-6
+    error = np.linalg.norm(np.asarray(y, np.float64) - expected)
+    assert error <= tolerance * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    ("tile_m", "cluster", "tile_n"),
+    [
+        (64, False, 128),
+        (128, False, 64),
+        (128, True, 112),
+        (128, False, 144),
+        (128, True, 192),
+        (192, True, 128),
+        (256, False, 96),
+        (256, True, 112),
+        (256, True, 128),
+    ],
+)
+def test_every_kind_of_tile(interpreter, tile_m, cluster, tile_n):
+    args, expected = operands(136, 264, 160)
+    assert_close(run(args, Config(tile_m, cluster, tile_n)), expected[0])
+
+
+@pytest.mark.parametrize("K", [32, 384])  # less than a pair of blocks, and a pair and one
+@pytest.mark.parametrize("config", [Config(128, False), Config(256, True)])
+def test_any_number_of_blocks(interpreter, config, K):
+    args, expected = operands(16, 136, K)
+    assert_close(run(args, config, out_dtype=F32), expected[0])
+
+
+@pytest.mark.parametrize("kind", [zero_blocks, heavy_tailed])
+def test_values_that_are_hard(interpreter, kind):
+    args, expected = operands(72, 200, 256, kind)
+    assert_close(run(args, Config(128, True, 192)), expected[0])
+
+
+def test_few_columns(interpreter):
+    args, expected = operands(16, 8, 160)
+    assert_close(run(args, Config(256, True)), expected[0])
+
+
+def test_a_traced_layer_of_a_stack(interpreter):
+    args, expected = operands(72, 64, 128, layers=3)
+    config = Config(128, False, 64)
+    scan = jax.jit(lambda: lax.scan(lambda _, l: (None, run(args, config, l)), None, jnp.arange(3)))
+    for y, layer in zip(scan()[1], expected, strict=True):
+        assert_close(y, layer)
+
+
+@pytest.mark.parametrize("config", [Config(128, False), Config(256, True)])
+def test_no_two_threads_race(config):
+    args, expected = operands(16, 264, 512)
+    with interpret(detect_races=True):
+        y = run(args, config)
+        found = gpu_callbacks.get_races().races_found
+    assert_close(y, expected[0])
+    assert not found
+
+
+def test_a_tile_that_registers_do_not_hold_is_refused():
+    with pytest.raises(JaxquantError) as caught:
+        Config(256, True, 192)
+    message = str(caught.value)
+    assert message.startswith("tile 256x192; allowed: 64x128, 128x64, ")
+    assert message.endswith(", 256x128")
+
+
+def test_the_prediction_fills_waves():
+    # One wave of 132 tiles; two scales in a tile; the most work per byte.
+    assert gemm_sm90.default_config(512, 2112, 7168, 132) == Config(128, False, 64)
+    assert gemm_sm90.default_config(512, 6144, 4096, 132).tile_n == 192
+    assert gemm_sm90.default_config(8192, 4096, 14336, 132) == Config(256, True, 128)
+
+
+def test_the_prediction_of_a_tile_grows_with_its_waves():
+    config = Config(128, False, 128)
+    one, two = (gemm_sm90.microseconds(config, M, 4096, 4096, 128) for M in (512, 513))
+    assert two == 2 * one
+
+
+def test_a_tuned_config_comes_first(monkeypatch):
+    monkeypatch.setattr(
+        tuning, "lookup", lambda *shape: {"tile_m": 64, "cluster": True, "tile_n": 128}
+    )
+    assert gemm_sm90.default_config(8192, 4096, 14336, 132) == Config(64, True, 128)
+
+
+def test_the_ptx_of_a_block():
+    ptx = gemm_wgmma_sm90._multiply_ptx(8).split("\n")
+    products = [line for line in ptx if line.startswith("wgmma.mma_async")]
+    assert (
+        products
+        == ["wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {$0,$1,$2,$3}, a, b, add, 1, 1;"]
+        * 4
+    )
+    # The first overwrites; each goes 32 bytes on.
+    assert [line for line in ptx if line.startswith("setp")] == [
+        f"setp.ne.b32 add, {i}, 0;" for i in range(4)
+    ]
+    assert "add.s64 a, $8, 6; add.s64 b, $9, 6;" in ptx

@@ -1,0 +1,80 @@
+"""Every tile of the prefill kernel compiles for an H200; see `test_aot.py`."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    not find_spec("jax_cuda13_plugin"), reason="needs jax-cuda13-plugin, to compile for a GPU"
+)
+
+# M, N, K, result, tile_m, cluster, tile_n
+GEMMS = [
+    (512, 2112, 7168, "bfloat16", 128, False, 64),
+    (512, 6144, 4096, "float32", 128, False, 96),
+    (1000, 200, 1024, "bfloat16", 128, True, 112),
+    (512, 4096, 14336, "bfloat16", 128, False, 128),
+    (512, 4096, 128, "bfloat16", 128, True, 144),
+    (136, 8, 96, "float32", 128, True, 160),  # K in no whole blocks
+    (4096, 32768, 512, "bfloat16", 128, True, 192),
+    (72, 28672, 4096, "bfloat16", 64, False, 128),
+    (4096, 6144, 4096, "float32", 192, True, 128),
+    (512, 6144, 4096, "bfloat16", 256, False, 96),
+    (512, 7168, 2048, "bfloat16", 256, True, 112),
+    (8192, 28672, 4096, "bfloat16", 256, True, 128),
+    (8192, 28672, 4096, "float32", 256, True, 128),
+]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The program of each product. From another process: the plugin looks for a GPU in this one."""
+    path = os.pathsep.join(sys.path)
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    command = [sys.executable, __file__, json.dumps(GEMMS)]
+    process = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-4000:]
+    return json.loads(process.stdout)
+
+
+@pytest.mark.parametrize(("gemm", "i"), [(g, i) for i, g in enumerate(GEMMS)])
+def test_a_tile_compiles(compiled, gemm, i):
+    assert "jaxquant_gemm_fp8" in compiled[i]
+
+
+def compile_for_h200(gemms: list) -> list[str]:
+    import jax
+    from jax.experimental import topologies
+
+    from jaxquant.matmul import gemm_sm90
+
+    spec = (Path(__file__).parent / "h200.txtpb").read_text()
+    topology = topologies.get_topology_desc(platform="cuda", target_config=spec, topology="1x1x1")
+    mesh = topologies.make_mesh(topology, (1,), ("x",))
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def compile_gemm(M, N, K, out_dtype, tile_m, cluster, tile_n):
+        config = gemm_sm90.Config(tile_m, cluster, tile_n)
+        operands = [
+            ((M, K), "float8_e4m3fn"),
+            ((-(-K // 128), -(-M // 64) * 64), "float32"),
+            ((2, N, K), "float8_e4m3fn"),
+            ((2, -(-N // 128), -(-K // 128)), "float32"),
+            ((1,), "int32"),
+        ]
+        args = [jax.ShapeDtypeStruct(*o, sharding=replicated) for o in operands]
+        gemm = jax.jit(
+            lambda *args: gemm_sm90.gemm(*args, out_dtype=out_dtype, config=config, sms=132)
+        )
+        return gemm.lower(*args).compile().as_text()
+
+    return [compile_gemm(*g) for g in gemms]
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_for_h200(json.loads(sys.argv[1]))))
