@@ -145,7 +145,7 @@ def test_dynamic_rope_stretches_texts_beyond_the_context(case):
     assert relative(golden(case)(tokens), expected(case)["long_logits"]) < 1e-5
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", FAMILIES)
 def test_prefill_and_decode_equal_the_full_forward(case):
     """Prompts of unequal lengths, padded beyond the context."""
     tokens, lengths, steps = with_continuation(case), np.array([9, 13], np.int32), 20
