@@ -9,11 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxquant.array import QuantizedArray
 from jaxquant.checkpoint.hub import resolve
 from jaxquant.comparison import kind, timed_load
 from jaxquant.config import QuantConfig
 from jaxquant.errors import JaxquantError
+from jaxquant.generation import bucket
 from jaxquant.language_model import LanguageModel
+from jaxquant.matmul import tuning
 from jaxquant.report import format_bytes, format_table
 
 _REPEATS = 3
@@ -81,8 +84,12 @@ def bench(
     batch: int = 1,
     prompt_tokens: int = 128,
     new_tokens: int = 64,
+    tune: bool = False,
 ) -> Bench:
     """Times a checkpoint as it is and as FP8, unless it is FP8 already and no config is given.
+
+    With `tune`, the kernel configs of the model's products are measured first and the fastest
+    go to the user's table; see `jaxquant.matmul.tuning`.
 
     Raises:
       JaxquantError: sizes that do not fit the model's context, or are not positive.
@@ -97,6 +104,8 @@ def bench(
     timings = []
     for quantization in (None, config or QuantConfig()):
         model, seconds = timed_load(path, quantization)
+        if tune and model.quant_config:
+            tuning.tune(_products(model.module, batch * bucket(prompt_tokens)))
         timings.append(_time(kind(model), model, seconds, batch, prompt_tokens, new_tokens))
         if model.quant_config and config is None:
             break
@@ -104,6 +113,16 @@ def bench(
     cpu = platform.processor() or platform.machine() if device.platform == "cpu" else ""
     return Bench(f"{device.device_kind} {cpu}".strip(), batch, prompt_tokens, new_tokens,
                  tuple(timings))  # fmt: skip
+
+
+def _products(module: Any, M: int) -> set[tuple[int, int, int]]:
+    """(M, N, K) of the FP8 products of a prefill of M tokens."""
+    leaves = jax.tree.leaves(module, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))
+    return {
+        (M, *leaf.qvalue.shape[-2:])
+        for leaf in leaves
+        if isinstance(leaf, QuantizedArray) and leaf.qvalue.ndim == 3  # experts have other kernels
+    }
 
 
 def _time(name: str, model: LanguageModel, load_seconds: float, B: int, T: int, new: int) -> Timing:

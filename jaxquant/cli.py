@@ -126,6 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--batch", type=int, default=1)
     bench.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
     bench.add_argument("--new-tokens", type=int, default=64, metavar="N")
+    bench.add_argument("--tune", action="store_true",
+                       help="first measure the prefill kernels of this model on this GPU, and keep "
+                       "the fastest in your table of configs")  # fmt: skip
     _add_config(bench)
     _add_json(bench)
     return parser
@@ -147,6 +150,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weight-only", action="store_true", help="leave activations in BF16")
     parser.add_argument("--keep", action="append", default=[], metavar="MODULE",
                         help="a module path that stays as it is; may be repeated")  # fmt: skip
+    parser.add_argument("--head", action="store_true", help="quantize the output head too")
 
 
 def _add_load(parser: argparse.ArgumentParser) -> None:
@@ -178,6 +182,7 @@ def _config(args: argparse.Namespace) -> QuantConfig:
         weight_block_size=args.block_size,
         scale_fmt=args.scale_fmt,
         modules_to_not_convert=tuple(args.keep),
+        quantize_head=args.head,
     )
 
 
@@ -307,5 +312,6 @@ def _bench(args: argparse.Namespace) -> None:
         batch=args.batch,
         prompt_tokens=args.prompt_tokens,
         new_tokens=args.new_tokens,
+        tune=args.tune,
     )
     _show(result, args)

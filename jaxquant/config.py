@@ -59,6 +59,8 @@ class QuantConfig:
       modules_to_not_convert: module paths that stay as they are. An entry is a run of whole path
         components: "lm_head", "layers.0.mlp" and "mlp.gate" match, "gate" does not match
         "gate_proj".
+      quantize_head: whether the output head becomes FP8 too, which by default it does not. Says
+        what to do, not what was done: `to_dict` leaves it out.
       foreign: keys of other tools, kept for `to_dict` and ignored otherwise.
 
     Raises:
@@ -74,6 +76,7 @@ class QuantConfig:
     weight_block_size: tuple[int, int] = (128, 128)
     scale_fmt: str | None = None
     modules_to_not_convert: tuple[str, ...] = ()
+    quantize_head: bool = False
     foreign: Mapping[str, Any] = dataclasses.field(
         default_factory=dict, repr=False, compare=False, hash=False
     )
@@ -108,7 +111,7 @@ class QuantConfig:
 
     def numerics(self) -> "QuantConfig":
         """This config without the names of modules: equal for all tensors quantized alike."""
-        return dataclasses.replace(self, modules_to_not_convert=(), foreign={})
+        return dataclasses.replace(self, modules_to_not_convert=(), quantize_head=False, foreign={})
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "QuantConfig":
@@ -128,7 +131,8 @@ class QuantConfig:
             raise ConfigError("quant_method", None, '"fp8" (the key is required)')
         if config["quant_method"] != "fp8":
             raise ConfigError("quant_method", config["quant_method"], '"fp8"')
-        known = [f.name for f in dataclasses.fields(cls) if f.name != "foreign"]
+        ours = ("quantize_head", "foreign")
+        known = [f.name for f in dataclasses.fields(cls) if f.name not in ours]
         fields: dict[str, Any] = {}
         foreign: dict[str, Any] = {}
         for key, value in config.items():
@@ -148,7 +152,10 @@ class QuantConfig:
         return cls(**fields, foreign=foreign)
 
     def to_dict(self) -> dict[str, Any]:
-        """Hugging Face's `quantization_config`; `from_dict` reads it back to an equal config."""
+        """Hugging Face's `quantization_config`; `from_dict` reads it back to an equal config.
+
+        But for `quantize_head`: what became of the head is to be seen in the checkpoint.
+        """
         return {
             **self.foreign,
             "quant_method": self.quant_method,

@@ -59,6 +59,7 @@ DEFAULT_RULES = (
     Rule(r"(^|/)(\w+_proj|wqkv|w[123oqkv])(/(weight|kernel))?$", note="projection"),
     Rule(r"(^|/)(weight|kernel)$", note="matrix"),
 )
+_HEAD = DEFAULT_RULES[1]
 # The last default says nothing of the layout: a third axis may be layers, heads or a window.
 _MATRIX_ONLY = DEFAULT_RULES[-1]
 
@@ -96,7 +97,7 @@ def decide(
         return keep(f"modules_to_not_convert: {entry}")
     if rule is None:
         return keep("no rule matches")
-    if rule.skip:
+    if rule.skip and not (rule is _HEAD and config.quantize_head):
         return keep(rule.reason)
     if rule is _MATRIX_ONLY and len(shape) > 2:
         return keep(f"{len(shape)}-D: a rule must say that the last two axes are a matrix")

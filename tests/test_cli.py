@@ -278,7 +278,13 @@ class TestGenerate:
 
     @pytest.mark.parametrize(
         "option",
-        [("--block-size", "64"), ("--weight-only",), ("--keep", "q_proj"), ("--fmt", "e5m2")],
+        [
+            ("--block-size", "64"),
+            ("--weight-only",),
+            ("--keep", "q_proj"),
+            ("--fmt", "e5m2"),
+            ("--head",),
+        ],
     )
     def test_options_of_the_quantization_need_fp8(self, fails, source, option):
         assert "without --fp8; add --fp8" in fails("generate", source, "Hello", *option)
@@ -312,6 +318,11 @@ def test_bench(run, source):
     result = json.loads(run(*argv, "--json"))
     assert [t["name"] for t in result["timings"]] == ["bfloat16", "FP8 W8A8"]
     assert result["prompt_tokens"] == 4
+
+
+def test_tuning_asks_for_a_gpu(fails, source):
+    argv = ("bench", source, "--prompt-tokens", "4", "--new-tokens", "3", "--tune")
+    assert fails(*argv) == "tune: the device is cpu; allowed: Hopper GPUs"
 
 
 class TestDemo:

@@ -147,6 +147,13 @@ def test_dict_round_trip_through_json(config):
     assert again.to_dict() == config.to_dict()
 
 
+def test_what_becomes_of_the_head_is_no_part_of_the_format():
+    assert QuantConfig(quantize_head=True).to_dict() == QuantConfig().to_dict()
+    assert QuantConfig(quantize_head=True).numerics() == QuantConfig()
+    with pytest.raises(ConfigError, match="quantize_head"):
+        QuantConfig.from_dict({"quant_method": "fp8", "quantize_head": True})
+
+
 def test_to_dict_has_the_names_that_other_readers_look_for():
     assert QuantConfig(modules_to_not_convert=("lm_head",)).to_dict() == {
         "quant_method": "fp8",

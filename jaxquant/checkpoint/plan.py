@@ -118,6 +118,11 @@ def make_plan(folder: CheckpointFolder, config: QuantConfig | None) -> Plan:
     slots = family.slots()
     if config is not None:
         _check_kept_modules(folder, config, slots)
+        if config.quantize_head and family.cfg.tie_word_embeddings:
+            raise CheckpointError(
+                f"{source}: tie_word_embeddings is true: the head is the embedding, which is kept; "
+                "leave out quantize_head"
+            )
     scales = _scale_names(folder, slots)
     skipped = tuple(filter(family.skips, folder.names))
     _check_names(folder, slots, {*scales.values(), *skipped}, family.fused)

@@ -139,7 +139,7 @@ class Decoder(nnx.Module):
 
     def head(self, x: Float[Array, "*batch K"]) -> Float32[Array, "*batch V"]:
         """Final norm and logits in float32."""
-        return (self.lm_head or self.embed_tokens).logits(self.norm(x))
+        return (self.lm_head or self.embed_tokens).logits(x, self.norm.prologue)
 
     def empty_cache(self, B: int, S: int) -> Cache:
         """A cache for B sequences of up to S tokens."""

@@ -193,9 +193,11 @@ class Table(nnx.Module):
         """The rows of these tokens."""
         return self.weight.get_value()[tokens]
 
-    def logits(self, x: Float[Array, "*batch K"]) -> Float32[Array, "*batch V"]:
-        """`x @ weight^T` in float32."""
-        return matmul(x, self.weight.get_value(), preferred_element_type=jnp.float32)
+    def logits(
+        self, x: Float[Array, "*batch K"], norm: Prologue | None = None
+    ) -> Float32[Array, "*batch V"]:
+        """`norm(x) @ weight^T` in float32."""
+        return matmul(x, self.weight.get_value(), prologue=norm, preferred_element_type=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

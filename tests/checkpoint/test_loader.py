@@ -140,6 +140,24 @@ class TestOnlineQuantization:
         model = jq.from_pretrained(source, CONFIG)
         assert_equal(parameters(model), quantized(weights, CONFIG))
 
+    def test_the_head_if_asked(self, tmp_path, source, weights):
+        config = dataclasses.replace(CONFIG, quantize_head=True)
+        model = jq.from_pretrained(source, config)
+        head = jq.quantize(weights["lm_head.weight"], CONFIG)
+        expected = quantized(weights, CONFIG)
+        expected["lm_head.weight"] = np.asarray(head.qvalue), np.asarray(head.scale)
+        assert_equal(parameters(model), expected)
+        jq.quantize_checkpoint(source, tmp_path / "fp8", config)
+        again = jq.from_pretrained(tmp_path / "fp8")
+        assert_equal(parameters(again), expected)
+        assert again.quant_config == CONFIG
+
+    def test_a_tied_head_is_not_quantized(self, tmp_path, weights):
+        del weights["lm_head.weight"]
+        source = builders.checkpoint(tmp_path / "tied", weights, tie_word_embeddings=True)
+        with pytest.raises(CheckpointError, match="tie_word_embeddings is true: the head is"):
+            jq.from_pretrained(source, dataclasses.replace(CONFIG, quantize_head=True))
+
     def test_modules_to_not_convert_are_kept(self, source, weights):
         kept = ("model.layers.1.mlp", "q_proj")
         config = dataclasses.replace(CONFIG, modules_to_not_convert=kept)
