@@ -9,6 +9,7 @@ import builders
 import pytest
 
 from jaxquant import cli
+from jaxquant.models.registry import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,6 +65,11 @@ def test_every_command_is_shown():
     actions = cli._parser()._actions
     (choices,) = (a.choices for a in actions if isinstance(a, argparse._SubParsersAction))
     assert {command[0] for command in commands()} == set(choices)
+
+
+def test_every_family_is_listed():
+    table = README.split("### Families")[1].split("\n## ")[0]
+    assert set(re.findall(r"`(\w+ForCausalLM)`", table)) == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "jaxquant/checkpoint/README.md"])

@@ -12,7 +12,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, BFloat16, Float, Int, Int32
 
-from jaxquant.matmul.mosaic_gpu import _device, _log_once
+from jaxquant.hopper import multiprocessors
 
 _MAX_GROUP = 64
 _MAX_HEAD_DIM = 256
@@ -37,27 +37,11 @@ def decode_attention(
     Raises:
       NotImplementedError: the device or the operands are not what the kernel takes; says why.
     """
-    sms = _multiprocessors(q)
+    sms = multiprocessors(q, "products of decode attention")
     _check_operands(q, k, v)
     run = _batchable(window, scale, softcap, sms)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
     return run(q, k, v, layer, lengths.astype(jnp.int32))
-
-
-def _multiprocessors(q: Any) -> int:
-    """Multiprocessors of the Hopper GPU that the kernel will run on."""
-    device = _device(q)
-    if device.platform != "gpu":
-        reason = f"mosaic_gpu: the device is a {device.platform}; the kernel is for Hopper GPUs"
-    elif not str(device.compute_capability).startswith("9."):
-        reason = (
-            f"mosaic_gpu: {device.device_kind} has compute capability {device.compute_capability}; "
-            "the kernel is for 9.0 (Hopper)"
-        )
-    else:
-        return device.core_count
-    _log_once(f"{reason}: decode attention runs through XLA")
-    raise NotImplementedError(reason)
 
 
 def _check_operands(q: Any, k: Any, v: Any) -> None:

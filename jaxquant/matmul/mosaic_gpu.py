@@ -8,21 +8,18 @@ keeps the XLA reference.
 
 import dataclasses
 import functools
-import logging
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int32
 
 from jaxquant.array import QuantizedArray
+from jaxquant.hopper import multiprocessors
 from jaxquant.matmul.prologue import Prologue, RMSNorm, SiluMul
 from jaxquant.matmul.xla import finish
-
-_logger = logging.getLogger(__name__)
 
 _BLOCK_SIZE = (128, 128)
 _FLOATS = ("bfloat16", "float32")
@@ -46,7 +43,7 @@ def matmul(
     Raises:
       NotImplementedError: the device or the operands are not what the kernels take; says why.
     """
-    sms = _multiprocessors(x)
+    sms = multiprocessors(x, "FP8 products")
     if not _fuses(prologue, x):
         x, prologue = cast(Any, prologue)(x, layer), None
     _check_operands(x, w, out_dtype)
@@ -72,37 +69,6 @@ def _fuses(prologue: Prologue | None, x: Any) -> bool:
     if isinstance(prologue, RMSNorm):
         return prologue.weight.dtype == x.dtype
     return prologue is None or isinstance(prologue, SiluMul)
-
-
-def _multiprocessors(x: Any) -> int:
-    """Multiprocessors of the Hopper GPU that the product will run on."""
-    device = _device(x)
-    if device.platform != "gpu":
-        reason = f"mosaic_gpu: the device is a {device.platform}; the kernels are for Hopper GPUs"
-    elif not str(device.compute_capability).startswith("9."):
-        reason = (
-            f"mosaic_gpu: {device.device_kind} has compute capability {device.compute_capability}; "
-            "the kernels are for 9.0 (Hopper)"
-        )
-    else:
-        return device.core_count
-    _log_once(f"{reason}: FP8 products run through XLA")
-    raise NotImplementedError(reason)
-
-
-def _device(x: Any) -> Any:
-    if isinstance(x, jax.Array) and not isinstance(x, Tracer):
-        return next(iter(x.devices()))
-    # What is traced says nothing of its device: take the one that jit takes.
-    default = jax.config.jax_default_device
-    if isinstance(default, str):
-        return jax.devices(default)[0]
-    return jax.devices()[0] if default is None else default
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    _logger.info(message)
 
 
 def _check_operands(x: Any, w: QuantizedArray, out_dtype: Any) -> None:

@@ -56,7 +56,7 @@ def compile_for_h200(shapes: list) -> list[str | None]:
 
     from jaxquant.attention import decode_attention, mosaic_gpu
 
-    mosaic_gpu._multiprocessors = lambda q: 132
+    mosaic_gpu.multiprocessors = lambda q, what: 132
     spec = (Path(__file__).parents[1] / "matmul" / "h200.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", target_config=spec, topology="1x1x1")
     mesh = topologies.make_mesh(topology, (1,), ("x",))

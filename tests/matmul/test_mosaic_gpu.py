@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from numpy_reference import BF16, heavy_tailed, make_weight, normal, zero_blocks
 
-from jaxquant import blocked
+from jaxquant import blocked, hopper as hopper_module
 from jaxquant.array import QuantizedArray
 from jaxquant.config import QuantConfig
 from jaxquant.matmul import RMSNorm, SiluMul, decode_sm90, gemm_sm90, gemv_sm90, mosaic_gpu
@@ -33,7 +33,7 @@ F32 = np.dtype(np.float32)
 @pytest.fixture
 def hopper(monkeypatch):
     """A CPU that stands in for a Hopper GPU. What lies outside an array reads as zeros there."""
-    monkeypatch.setattr(mosaic_gpu, "_multiprocessors", lambda x: SMS)
+    monkeypatch.setattr(mosaic_gpu, "multiprocessors", lambda x, what: SMS)
     params = plgpu.InterpretGPUParams(
         out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
     )
@@ -345,49 +345,12 @@ def test_operands_it_refuses(hopper, change, message):
 
 
 def test_a_cpu_is_refused_and_noted_once(caplog):
-    mosaic_gpu._log_once.cache_clear()
+    hopper_module._log_once.cache_clear()
     message = "mosaic_gpu: the device is a cpu; the kernels are for Hopper GPUs"
     with caplog.at_level(logging.INFO, logger="jaxquant"):
         for _ in range(2):
             assert refusal(lambda *operands: operands) == message
     assert [r.getMessage() for r in caplog.records] == [f"{message}: FP8 products run through XLA"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    platform: str
-    device_kind: str
-    compute_capability: str
-    core_count: int = 132
-
-
-@pytest.mark.parametrize(
-    ("device", "reason"),
-    [
-        (
-            Device("gpu", "NVIDIA L4", "8.9"),
-            "mosaic_gpu: NVIDIA L4 has compute capability 8.9; the kernels are for 9.0 (Hopper)",
-        ),
-        (Device("gpu", "NVIDIA H200", "9.0"), None),
-    ],
-)
-def test_which_gpus_it_runs_on(monkeypatch, device, reason):
-    monkeypatch.setattr(mosaic_gpu, "_device", lambda x: device)
-    if reason is None:
-        assert mosaic_gpu._multiprocessors(None) == 132
-    else:
-        with pytest.raises(NotImplementedError) as caught:
-            mosaic_gpu._multiprocessors(None)
-        assert str(caught.value) == reason
-
-
-def test_the_default_device_is_the_one_that_counts():
-    x, devices = tokens((2, 128)), jax.devices()
-    assert mosaic_gpu._device(jax.device_put(x, devices[-1])) == devices[-1]
-    with jax.default_device(devices[-1]):
-        traced = []
-        jax.jit(lambda x: traced.append(mosaic_gpu._device(x)))(np.ones(2))
-        assert traced == [devices[-1]]
 
 
 def test_matmul_prefers_the_kernels_and_falls_back_to_xla(hopper, monkeypatch):
