@@ -58,14 +58,16 @@ def below(*packages: str) -> list[str]:
 
 
 @pytest.mark.parametrize("module", below("jaxquant.models."))
-def test_models_call_matmul_and_never_a_kernel(module):
-    assert not {m for m in imports(module) if m.startswith("jaxquant.matmul.")}
+def test_models_call_operations_and_never_a_kernel(module):
+    operations = ("jaxquant.matmul.", "jaxquant.attention.")
+    assert not {m for m in imports(module) if m.startswith(operations)}
 
 
-@pytest.mark.parametrize("module", below("jaxquant.matmul."))
-def test_matmul_knows_nothing_of_models_checkpoints_or_trees(module):
-    above = {m for m in imports(module) if not m.startswith("jaxquant.matmul")} - set(CORE)
-    assert not above
+@pytest.mark.parametrize("module", below("jaxquant.matmul.", "jaxquant.attention."))
+def test_operations_know_nothing_of_models_checkpoints_or_trees(module):
+    below_them = {*CORE, "jaxquant.hopper"}
+    operations = ("jaxquant.matmul", "jaxquant.attention")
+    assert not {m for m in imports(module) if not m.startswith(operations)} - below_them
 
 
 def test_the_tree_knows_nothing_of_models_or_checkpoints():
