@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import os
 import traceback
 import warnings
@@ -199,7 +200,7 @@ class _Program:
 
     def _warn(self, call: _Call, result: Any, uses: list[Use]) -> None:
         # What is in no product: but for what the function only hands on.
-        busy = {use.leaf for use in uses if not use.line}
+        busy = {use.leaf for use in uses if use.line is None}
         if len(busy) == len(call.paths):
             return
         used = {use.leaf for use in uses}
@@ -250,8 +251,10 @@ def _logical(qa: QuantizedArray) -> jax.ShapeDtypeStruct:
     """What the function sees: with the sharding, where that is part of the type."""
     sharding = jax.typeof(qa.qvalue).sharding
     spec = list(sharding.spec)
-    if qa.transposed:
-        spec[-2:] = reversed(spec[-2:])
+    matrix = [[spec.pop(-2)], [spec.pop()]]
+    for names, dims in zip(matrix, (qa.out_dims, qa.in_dims), strict=True):
+        names += [None] * (len(dims) - 1)  # the first of several dimensions is sharded
+    spec += itertools.chain(*(reversed(matrix) if qa.transposed else matrix))
     sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec)) if any(spec) else None
     return jax.ShapeDtypeStruct(qa.shape, qa.dtype, sharding=sharding)
 
