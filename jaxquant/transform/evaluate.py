@@ -41,7 +41,6 @@ class Evaluator:
       uses: all uses of quantized arrays, keyed so that a part traced twice counts once.
       site: where this jaxpr is: the positions of the equations around it, the outer ones first.
       times: how often it runs.
-      line: of user code, at the current equation.
     """
 
     def __init__(
@@ -61,6 +60,7 @@ class Evaluator:
 
     @property
     def line(self) -> str:
+        """The line of user code of the current equation."""
         # What a library has jitted is traced without the frames around it.
         line = source_info_util.summarize(self._eqn.source_info) if self._eqn else ""
         return line or self._around

@@ -1,4 +1,4 @@
-"""`dot_general` of an array and a View, as `jaxquant.matmul`."""
+"""`dot_general` and `ragged_dot` of an array and a View, as `jaxquant.matmul`."""
 
 import functools
 import itertools
@@ -11,7 +11,9 @@ import numpy as np
 from jax import lax
 
 from jaxquant.array import QuantizedArray
+from jaxquant.blocked import take_layer
 from jaxquant.matmul import matmul
+from jaxquant.matmul.grouped import grouped_matmul
 from jaxquant.transform import view as views
 from jaxquant.transform.view import OUT, STACK, Dim, View
 
@@ -125,6 +127,51 @@ def product(
 def fp8_matmul(x: jax.Array, w: QuantizedArray, layer: Any, out_dtype: Any) -> jax.Array:
     """`jaxquant.matmul`; the name is what jaxprs and profiles show."""
     return matmul(x, w, layer=layer, preferred_element_type=out_dtype)
+
+
+def grouped_refusal(w: View, group: int, contracting: int) -> str:
+    """Why `lax.ragged_dot` with these dimensions cannot run on the blocks; "" if it can."""
+    reason = refusal(w, (contracting,), (group,))
+    if reason:
+        return reason
+    (out,) = (dim for i, dim in enumerate(w.dims) if i not in (group, contracting))
+    E, stack = w.shape[group], math.prod(w.stored.qvalue.shape[:-2])
+    consecutive = views.one_factor(STACK, E, 1) == w.dims[group]
+    if not consecutive or w.align % E or stack % E or {f.axis for f in out} - {OUT}:
+        return "the groups are no consecutive matrices of the stack"
+    return ""
+
+
+def grouped_product(x: jax.Array, w: View, group_sizes: jax.Array, out_dtype: Any) -> jax.Array:
+    """`lax.ragged_dot(x, w, group_sizes)` for a view that `grouped_refusal` has let pass."""
+    weight, E = views.flat_stack(w), group_sizes.shape[0]
+    if weight.qvalue.ndim == 2 or weight.qvalue.shape[0] != E:
+
+        def layers(x: Any) -> Any:
+            return x.reshape(-1, E, *x.shape[-2:])
+
+        weight = views.stored_as(weight, layers)
+    layer = None if w.offset is None else w.offset // E
+    return fp8_grouped_matmul(x, weight, group_sizes, layer, out_dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+@functools.partial(jax.jit, static_argnums=4)
+def fp8_grouped_matmul(
+    x: jax.Array, w: QuantizedArray, group_sizes: jax.Array, layer: Any, out_dtype: Any
+) -> jax.Array:
+    """`grouped_matmul`, with the derivative of `jaxquant.matmul`: straight through rounding."""
+    return grouped_matmul(x, w, group_sizes, layer=layer, preferred_element_type=out_dtype)
+
+
+@fp8_grouped_matmul.defjvp
+def _straight_through(out_dtype: Any, primals: Any, tangents: Any) -> Any:
+    x, w, group_sizes, layer = primals
+    y = fp8_grouped_matmul(x, w, group_sizes, layer, out_dtype)
+    if layer is not None:
+        w = jax.tree.map(lambda leaf: take_layer(leaf, layer), w)
+    weight = w.dequantize(tangents[0].dtype).mT
+    return y, lax.ragged_dot(tangents[0], weight, group_sizes, preferred_element_type=out_dtype)
 
 
 def _factors(w: View, dimensions: Any) -> Dim:

@@ -214,6 +214,28 @@ def _dot_general(ev: Evaluator, eqn: JaxprEqn, operands: list[Any]) -> Results:
     return [y]
 
 
+@rule("ragged_dot_general")
+def _ragged_dot(ev: Evaluator, eqn: JaxprEqn, operands: list[Any]) -> Results:
+    x, w, group_sizes = operands
+    p, out = eqn.params, _aval(eqn)
+    dims = p["ragged_dot_dimension_numbers"]
+    contracting, batch = dims.dot_dimension_numbers
+    if (
+        not isinstance(w, View)
+        or any(isinstance(operand, View) for operand in (x, group_sizes))
+        or (contracting[0], batch) != ((1,), ((), ()))
+        or (dims.lhs_ragged_dimensions, len(dims.rhs_group_dimensions)) != ((0,), 1)
+        or p["group_offset"] is not None
+        or not jnp.issubdtype(out.dtype, jnp.floating)
+    ):
+        return "not of the form of lax.ragged_dot"
+    reason = product.grouped_refusal(w, dims.rhs_group_dimensions[0], contracting[1][0])
+    if reason:
+        return reason
+    ev.note(w.leaf, "ragged_dot_general")
+    return [product.grouped_product(x, w, group_sizes, out.dtype)]
+
+
 # Primitives with a jaxpr inside ------------------------------------------------------------------
 
 

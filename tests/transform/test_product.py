@@ -162,6 +162,72 @@ def test_heads_of_matrices_are_one_product_if_their_blocks_are_whole(shape):
     assert "scan" not in {e.primitive.name for e in jaxpr.eqns}
 
 
+# Experts ------------------------------------------------------------------------------------------
+
+
+def experts(w, x, sizes):
+    return lax.ragged_dot(x, w, sizes)
+
+
+def test_ragged_dot_of_experts():
+    assert_runs_as_fp8(
+        experts, contracting((-2,), 3, 64, 48), normal(9, 64), jnp.array([4, 0, 5]), matmuls=1
+    )
+
+
+def test_ragged_dot_of_experts_that_are_transposed_for_it():
+    assert_runs_as_fp8(
+        lambda w, x, sizes: lax.ragged_dot(x, w.swapaxes(1, 2), sizes),
+        contracting((-1,), 3, 48, 64),
+        normal(9, 64),
+        jnp.array([4, 0, 5]),
+        matmuls=1,
+    )
+
+
+def test_ragged_dot_of_the_experts_of_a_layer():
+    def fn(w, x, sizes):
+        def layer(x, w):
+            return jnp.tanh(lax.ragged_dot(x, w, sizes)), None
+
+        return lax.scan(layer, x, w)[0], lax.ragged_dot(x, w[1], sizes)
+
+    w, x = contracting((-2,), 2, 3, 64, 64), normal(9, 64)
+    assert_runs_as_fp8(fn, w, x, jnp.array([4, 0, 5]), matmuls=3)
+
+
+def test_gradients_through_ragged_dot():
+    def loss(x, w, run):
+        return jnp.sum(run(w, x, jnp.array([4, 0, 5])) ** 2)
+
+    w, x = contracting((-2,), 3, 64, 48), normal(9, 64)
+    expected = jax.grad(loss)(x, w.dequantize(), experts)
+    assert_close(jax.grad(loss)(x, w, fp8(experts, weight_only=True)), expected, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fn", "why"),
+    [
+        (
+            lambda w, x, sizes: lax.ragged_dot(x, w.swapaxes(1, 2), sizes),
+            "it contracts the output axis of the blocks; Rule(contracting=(-1,)) fits this use",
+        ),
+        (
+            lambda w, x, sizes: lax.ragged_dot(x, w[1:], sizes),
+            "the groups are no consecutive matrices of the stack",
+        ),
+    ],
+)
+def test_ragged_dots_that_do_not_fit_the_blocks(fn, why):
+    w, x = contracting((-2,), 4, 64, 64), normal(9, 64)
+    sizes = jnp.array([4, 0, 5, 0])[: 4 if "output" in why else 3]
+    with pytest.warns(UserWarning, match="in no FP8 product"):
+        report = assert_runs_as_fp8(fn, w, x, sizes, dequantized_leaves=1)
+    assert report.leaves[0].dequantized[0][2] == why
+
+
+# Uses that do not fit the blocks ------------------------------------------------------------------
+
 REFUSED = {  # what contracts in the storage, shape, the use, and what fits it
     "heads taken for layers": ((-2,), (4, 16, 48), "bshd,hde->bse", "(-3, -2)"),
     "out taken for in": ((-3,), (4, 16, 48), "bshd,hde->bse", "(-3, -2)"),

@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fp8_checks import assert_close, assert_each_runs_as_fp8, assert_runs_as_fp8, kernel, normal
+from fp8_checks import (
+    assert_close,
+    assert_each_runs_as_fp8,
+    assert_runs_as_fp8,
+    contracting,
+    kernel,
+    normal,
+)
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
@@ -254,6 +261,36 @@ def tensor_parallel(params, x):
 def test_shard_map_shards_the_blocks():
     params = {"up": kernel(64, 128), "down": kernel(2, 128, 64)}
     assert_runs_as_fp8(tensor_parallel, params, normal(4, 64), matmuls=2)
+
+
+def test_shard_map_shards_heads():
+    def fn(params, x):
+        def body(query, out, x):
+            h = jnp.tanh(jnp.einsum("bk,khd->bhd", x, query))
+            return lax.psum(jnp.einsum("bhd,hdk->bk", h, out), "model")
+
+        specs = (P(None, "model"), P("model"), P("data"))
+        run = jax.shard_map(body, mesh=mesh_2x2(), in_specs=specs, out_specs=P("data"))
+        return run(params["query"], params["out"], x)
+
+    params = {"query": contracting((-3,), 64, 4, 16), "out": contracting((-3, -2), 4, 16, 64)}
+    assert_runs_as_fp8(fn, params, normal(4, 64), matmuls=2)
+
+
+@pytest.mark.filterwarnings("ignore:fp8. quantized, but in no FP8 product")
+def test_shards_of_what_is_no_major_dimension():
+    def fn(w, x):
+        specs = (P(None, None, "model"), P())
+        return jax.shard_map(
+            lambda w, x: jnp.einsum("bk,khd->bhd", x, w),
+            mesh=mesh_2x2(),
+            in_specs=specs,
+            out_specs=P(None, None, "model"),
+        )(w, x)
+
+    w = contracting((-3,), 64, 4, 16)
+    report = assert_runs_as_fp8(fn, w, normal(4, 64), dequantized_leaves=1)
+    assert report.leaves[0].dequantized[0][2] == "shards of a slice or a reshape of the weight"
 
 
 @pytest.mark.filterwarnings("ignore:fp8. quantized, but in no FP8 product")
