@@ -304,7 +304,9 @@ def test_contracting_dimensions_are_neighbours_counted_from_the_end(contracting)
 
 
 def test_transposed_and_contracting_are_two_words_for_one_thing():
-    with pytest.raises(JaxquantError, match=r"^rule 'w' has both transposed and contracting; leave"):
+    with pytest.raises(
+        JaxquantError, match=r"^rule 'w' has both transposed and contracting; leave"
+    ):
         Rule("w", transposed=True, contracting=(-3,))
 
 

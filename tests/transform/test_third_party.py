@@ -40,9 +40,7 @@ def test_esm2_in_equinox():
     import equinox as eqx
     import esm2quinox
 
-    model = esm2quinox.ESM2(
-        num_layers=3, embed_size=64, num_heads=4, token_dropout=False, key=KEY
-    )
+    model = esm2quinox.ESM2(num_layers=3, embed_size=64, num_heads=4, token_dropout=False, key=KEY)
     arrays, rest = eqx.partition(model, eqx.is_array)
 
     def forward(arrays, tokens):
