@@ -176,6 +176,9 @@ def take_layer(stack: Array, layer: Any) -> Array:
 
     XLA:CPU moves float8 by way of float16, and all of the stack for one layer of it.
     """
+    if jax.default_backend() == "cpu":
+        # Keeps a loop over layers from taking the bytes of the whole stack in front of it.
+        stack, layer = lax.optimization_barrier((stack, layer))
     layer_bytes = lax.dynamic_index_in_dim(_bytes(stack), layer, keepdims=False)
     return lax.bitcast_convert_type(layer_bytes, stack.dtype)
 

@@ -18,6 +18,14 @@ from jaxquant.errors import JaxquantError
 from jaxquant.report import QuantReport, TensorReport
 
 
+def _are_neighbours_from_the_end(dims: Any) -> bool:
+    if dims == ():
+        return True
+    if not isinstance(dims, tuple) or not all(type(i) is int for i in dims):
+        return False
+    return dims == tuple(range(dims[0], dims[0] + len(dims))) and dims[-1] < 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """What to do with the parameters whose '/'-joined path the pattern matches.
@@ -49,9 +57,9 @@ class Rule:
         except (re.error, TypeError) as e:
             raise JaxquantError(f"rule {self.pattern!r} is no regular expression: {e}") from None
         dims = self.contracting
-        if dims and (dims != tuple(range(dims[0], dims[0] + len(dims))) or dims[-1] >= 0):
+        if not _are_neighbours_from_the_end(dims):
             raise JaxquantError(
-                f"rule {self.pattern!r}: contracting is {dims}; allowed: a tuple of neighbours, "
+                f"rule {self.pattern!r}: contracting is {dims!r}; allowed: a tuple of neighbours, "
                 "counted from the end, such as (-3,) or (-3, -2)"
             )
         if dims and self.transposed is not None:

@@ -293,8 +293,8 @@ def test_too_few_dimensions_for_what_contracts():
     assert decision.reason == "3-D: contracting=(-4, -3) does not fit"
 
 
-@pytest.mark.parametrize("contracting", [(0,), (-1, -2), (-3, -1), (1, 2)])
-def test_contracting_dimensions_are_neighbours_counted_from_the_end(contracting):
+@pytest.mark.parametrize("contracting", [(0,), (-1, -2), (-3, -1), (1, 2), -3, [-3]])
+def test_contracting_dimensions_are_neighbours_counted_from_the_end(contracting: Any):
     with pytest.raises(JaxquantError) as e:
         Rule("w", contracting=contracting)
     assert str(e.value) == (

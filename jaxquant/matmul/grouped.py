@@ -70,7 +70,7 @@ def _tiled(
     """
     T, E = x.shape[0], group_sizes.shape[0]
     matrices = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[-2:]), w)
-    N = matrices.shape[-2]
+    N = _storage(w).shape[-2]
     if T == 0:
         return jnp.zeros((0, N), out_dtype)
     first = 0 if layer is None else layer * E
@@ -101,12 +101,16 @@ def _matmul(x: Array, w: QuantizedArray | Array, index: Array, out_dtype: Any) -
     return xla.plain_matmul(x, w, index, out_dtype)
 
 
+def _storage(w: QuantizedArray | Array) -> Array:
+    # K-major, whatever the logical layout.
+    return w.qvalue if isinstance(w, QuantizedArray) else w
+
+
 IMPLEMENTATIONS = {"xla": _tiled}
 
 
 def _check(x: Any, w: Any, group_sizes: Any, layer: Any) -> None:
-    # The storage is K-major whatever the logical layout, so look at that.
-    shape = w.qvalue.shape if isinstance(w, QuantizedArray) else w.shape
+    shape = _storage(w).shape
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise JaxquantError(f"grouped_matmul: x has dtype {x.dtype}; allowed: a floating dtype")
     if len(shape) != (3 if layer is None else 4):

@@ -29,9 +29,11 @@ def fp8[**P, R](fn: Callable[P, R], *, weight_only: bool = False) -> Callable[P,
 
     `fn` is traced as if each QuantizedArray in its arguments were an array of its `shape` and
     `dtype`. The program is then run with the weights as they are stored: a `dot_general` that
-    contracts a weight's contraction axis is `jaxquant.matmul`; transposes, reshapes, conversions
-    and slices of a stack on the way there cost nothing. Whatever else needs the values of a
-    weight gets them dequantized; `fp8_report` says where.
+    contracts a weight's contraction axis is `jaxquant.matmul`, and `ragged_dot` is a product of
+    the groups that have rows; transposes, reshapes, conversions and slices of a stack on the way
+    there cost nothing, slices of whole blocks and matrices gathered from a stack a copy in FP8.
+    Whatever else needs the values of a weight gets them dequantized, of a table just the rows that
+    are looked up; `fp8_report` says where.
 
     It composes with jit, vmap, grad (to activations and unquantized parameters; quantized
     weights are constants) and all else, inside and outside. As under `jax.jit`, side effects of

@@ -12,8 +12,7 @@ from jax import lax
 
 from jaxquant.array import QuantizedArray
 from jaxquant.blocked import take_layer
-from jaxquant.matmul import matmul
-from jaxquant.matmul.grouped import grouped_matmul
+from jaxquant.matmul import grouped_matmul, matmul
 from jaxquant.transform import view as views
 from jaxquant.transform.view import OUT, STACK, Dim, View
 
@@ -146,11 +145,7 @@ def grouped_product(x: jax.Array, w: View, group_sizes: jax.Array, out_dtype: An
     """`lax.ragged_dot(x, w, group_sizes)` for a view that `grouped_refusal` has let pass."""
     weight, E = views.flat_stack(w), group_sizes.shape[0]
     if weight.qvalue.ndim == 2 or weight.qvalue.shape[0] != E:
-
-        def layers(x: Any) -> Any:
-            return x.reshape(-1, E, *x.shape[-2:])
-
-        weight = views.stored_as(weight, layers)
+        weight = jax.tree.map(lambda leaf: leaf.reshape(-1, E, *leaf.shape[-2:]), weight)
     layer = None if w.offset is None else w.offset // E
     return fp8_grouped_matmul(x, weight, group_sizes, layer, out_dtype)
 

@@ -13,7 +13,7 @@ along whole blocks and what is gathered along an axis are a View of other storag
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -155,19 +155,16 @@ def take(view: View, dimension: int, start: Any, size: int, step: int = 1) -> Vi
     if size == 0 or len(dim) != 1:
         return None
     ((axis, n, stride),) = dim
-    last = n - (size - 1) * step - 1
-    if isinstance(start, int | np.integer):
+    last, is_static = n - (size - 1) * step - 1, isinstance(start, int | np.integer)
+    if is_static:
         start = min(max(int(start), 0), last)
-    elif axis == STACK:
-        start = lax.clamp(0, start.astype(jnp.int32), last)
     if axis != STACK:
-        is_range = isinstance(start, int) and step == 1
-        return _take_blocks(view, dimension, start, size) if is_range else None
-    move = start * stride
+        return _take_blocks(view, dimension, start, size) if is_static and step == 1 else None
+    move = (start if is_static else lax.clamp(0, start.astype(jnp.int32), last)) * stride
     return dataclasses.replace(
         view,
         offset=move if view.offset is None else view.offset + move,
-        align=math.gcd(view.align, move if isinstance(move, int) else stride),
+        align=math.gcd(view.align, move if is_static else stride),
         dims=_with_dim(view, dimension, one_factor(STACK, size, stride * step)),
     )
 
@@ -179,12 +176,20 @@ def _take_blocks(view: View, dimension: int, start: int, size: int) -> View | No
     if n * stride != length or begin % block or (end % block and end != length):
         return None  # not the major dimension of the axis, or not whole blocks
 
-    def cut(x: Any) -> Any:
-        b = 1 if x is view.stored.qvalue else block
-        return lax.slice_in_dim(x, begin // b, -(-end // b), axis=x.ndim + axis - 3)
+    def cut(x: Any, block: int) -> Any:
+        return lax.slice_in_dim(x, begin // block, -(-end // block), axis=x.ndim + axis - 3)
 
+    def resized(sizes: tuple[int, ...]) -> tuple[int, ...]:
+        minor = math.prod(sizes[1:])
+        divides = sizes and (end - begin) % minor == 0
+        return ((end - begin) // minor, *sizes[1:]) if divides else ()
+
+    qa = view.stored
+    qvalue, scale = cut(qa.qvalue, 1), cut(qa.scale, block)
+    sizes = {"out_dims": resized(qa.out_dims)} if axis == OUT else {"in_dims": resized(qa.in_dims)}
+    stored = dataclasses.replace(qa, qvalue=qvalue, scale=scale, **sizes)
     dims = _with_dim(view, dimension, one_factor(axis, size, stride))
-    return dataclasses.replace(view, stored=stored_as(view.stored, cut), dims=dims)
+    return dataclasses.replace(view, stored=stored, dims=dims)
 
 
 def gather(view: View, dimension: int, index: jax.Array, fill: bool) -> View | None:
@@ -199,16 +204,14 @@ def gather(view: View, dimension: int, index: jax.Array, fill: bool) -> View | N
     if n != qa.qvalue.shape[axis - 3] or (axis == STACK and view.offset is not None):
         return None
     block, clipped = _block(qa, axis), jnp.clip(index, 0, n - 1)
-
-    def rows(x: Any) -> Any:
-        if x is qa.qvalue:
-            return jnp.take(x, clipped, axis=axis - 3)
-        x = jnp.take(x, clipped // block, axis=axis - 3)
-        valid = jnp.expand_dims(clipped == index, tuple(range(1, -(axis - 3))))
-        return jnp.where(valid, x, jnp.nan) if fill else x
-
-    one_each = {STACK: qa.block_size, OUT: (1, qa.block_size[1]), IN: (qa.block_size[0], 1)}
-    stored = dataclasses.replace(stored_as(qa, rows), block_size=one_each[axis])
+    qvalue = jnp.take(qa.qvalue, clipped, axis=axis - 3)
+    scale = jnp.take(qa.scale, clipped // block, axis=axis - 3)
+    if fill:
+        valid = jnp.expand_dims(clipped == index, range(1, 3 - axis))
+        scale = jnp.where(valid, scale, jnp.nan)
+    bo, bi = qa.block_size
+    block_size = {STACK: (bo, bi), OUT: (1, bi), IN: (bo, 1)}[axis]
+    stored = dataclasses.replace(qa, qvalue=qvalue, scale=scale, block_size=block_size)
     dims = _with_dim(view, dimension, one_factor(axis, index.shape[0], 1))
     return dataclasses.replace(view, stored=stored, dims=dims)
 
@@ -241,7 +244,7 @@ def join_stack(view: View, factors: Dim) -> View:
 
     return dataclasses.replace(
         view,
-        stored=stored_as(qa, join),
+        stored=jax.tree.map(join, qa),
         offset=None if view.offset is None else view.offset // count,
         align=view.align // count,
         dims=tuple(tuple(map(joined, dim)) for dim in view.dims),
@@ -265,19 +268,8 @@ def flat_stack(view: View) -> QuantizedArray:
     def flat(x: Any) -> Any:
         return x if x.ndim <= 3 else x.reshape(-1, *x.shape[-2:])
 
-    return stored_as(view.stored, flat)
-
-
-def stored_as(qa: QuantizedArray, change: Callable[[Any], Any]) -> QuantizedArray:
-    """qvalue and scale changed alike, as an array that is `[..., out, in]` logically too."""
-    return dataclasses.replace(
-        qa,
-        qvalue=change(qa.qvalue),
-        scale=change(qa.scale),
-        transposed=False,
-        in_dims=(),
-        out_dims=(),
-    )
+    qa = jax.tree.map(flat, view.stored)
+    return dataclasses.replace(qa, transposed=False, in_dims=(), out_dims=())
 
 
 def stack_index(view: View, factors: Dim) -> Any:

@@ -74,6 +74,13 @@ def test_the_results_dtype_is_the_inputs_or_as_asked():
     assert grouped_matmul(x[:0], experts("plain", (4,)), sizes * 0).shape == (0, N)
 
 
+def test_a_transposed_weight_is_stored_alike():
+    x, sizes = jnp.ones((3, K)), jnp.asarray([1, 0, 2, 0], jnp.int32)
+    w = experts("w8a8", (4,))
+    transposed = dataclasses.replace(w, transposed=True)
+    assert np.array_equal(grouped_matmul(x, transposed, sizes), grouped_matmul(x, w, sizes))
+
+
 def test_a_step_over_layers_copies_no_experts():
     L, E = 3, 16
     shape = jax.eval_shape(lambda: jq.quantize(jnp.zeros((L, E, 256, 256))))

@@ -44,7 +44,7 @@ def test_a_program_that_dequantizes_is_seen(compiled):
     assert any(dtype in ("bf16", "f32") for dtype, _ in large(compiled["changed"]))
 
 
-def compile_all() -> dict[str, str]:
+def compile_all() -> dict[str, str | None]:
     import jax
     import jax.numpy as jnp
     from flax import nnx

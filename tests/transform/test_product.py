@@ -158,7 +158,8 @@ def test_heads_of_matrices_are_one_product_if_their_blocks_are_whole(shape):
     assert_close(fp8(fn, weight_only=True)(w, x, i), fn(w.dequantize(), x, i))
     jaxpr = jax.make_jaxpr(fp8(fn))(w, x, i)
     (product,) = (e for e in jaxpr.eqns if e.params.get("name") == "fp8_matmul")
-    assert (*shape[:-3], 64, 64) in {v.aval.shape for v in product.invars}
+    avals: list[Any] = [v.aval for v in product.invars]
+    assert (*shape[:-3], 64, 64) in {a.shape for a in avals}
     assert "scan" not in {e.primitive.name for e in jaxpr.eqns}
 
 

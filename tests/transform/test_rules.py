@@ -329,6 +329,23 @@ def test_sharded_types_are_those_of_the_program():
         assert_close(actual, expected)
 
 
+def test_sharded_types_of_heads():
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        put = functools.partial(jax.device_put, device=NamedSharding(mesh, P()))
+        x, w = put(X), jax.tree.map(put, contracting((-3,), 64, 4, 16))
+        out = NamedSharding(mesh, P("model"))
+        w = dataclasses.replace(w, qvalue=jax.device_put(w.qvalue, out))
+
+        def fn(w, x):
+            assert jax.typeof(w).sharding.spec == P(None, "model", None)
+            return jnp.einsum("bk,khd->bhd", x, w)
+
+        y = jax.jit(fp8(fn, weight_only=True))(w, x)
+        assert jax.typeof(y).sharding.spec == P(None, "model", None)
+        assert_close(y, jnp.einsum("bk,khd->bhd", X, contracting((-3,), 64, 4, 16).dequantize()))
+
+
 def test_report_counts_the_trips_of_nested_loops():
     def fn(w, x):
         return lax.scan(lambda x, _: (scan_constant(w, x), None), x, length=5)[0]
