@@ -143,10 +143,10 @@ def grouped_refusal(w: View, group: int, contracting: int) -> str:
 
 def grouped_product(x: jax.Array, w: View, group_sizes: jax.Array, out_dtype: Any) -> jax.Array:
     """`lax.ragged_dot(x, w, group_sizes)` for a view that `grouped_refusal` has let pass."""
-    weight, E = views.flat_stack(w), group_sizes.shape[0]
-    if weight.qvalue.ndim == 2 or weight.qvalue.shape[0] != E:
-        weight = jax.tree.map(lambda leaf: leaf.reshape(-1, E, *leaf.shape[-2:]), weight)
-    layer = None if w.offset is None else w.offset // E
+    E = group_sizes.shape[0]
+    stack, layer = ((E,), None) if w.offset is None else ((-1, E), w.offset // E)
+    weight = views.flat_stack(w)
+    weight = jax.tree.map(lambda leaf: leaf.reshape(*stack, *leaf.shape[-2:]), weight)
     return fp8_grouped_matmul(x, weight, group_sizes, layer, out_dtype)
 
 

@@ -89,7 +89,8 @@ def _local(view: View, shard: QuantizedArray) -> View:
         is_major = n * stride == whole[axis]
         return views.one_factor(axis, local[axis] // stride if is_major else n, stride)
 
-    return dataclasses.replace(view, stored=shard, dims=tuple(map(of_shard, view.dims)))
+    stored = views.logical_as(shard, view.stored)
+    return dataclasses.replace(view, stored=stored, dims=tuple(map(of_shard, view.dims)))
 
 
 def _count(entry: Any, mesh: Any) -> int:

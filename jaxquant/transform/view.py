@@ -179,15 +179,9 @@ def _take_blocks(view: View, dimension: int, start: int, size: int) -> View | No
     def cut(x: Any, block: int) -> Any:
         return lax.slice_in_dim(x, begin // block, -(-end // block), axis=x.ndim + axis - 3)
 
-    def resized(sizes: tuple[int, ...]) -> tuple[int, ...]:
-        minor = math.prod(sizes[1:])
-        divides = sizes and (end - begin) % minor == 0
-        return ((end - begin) // minor, *sizes[1:]) if divides else ()
-
     qa = view.stored
-    qvalue, scale = cut(qa.qvalue, 1), cut(qa.scale, block)
-    sizes = {"out_dims": resized(qa.out_dims)} if axis == OUT else {"in_dims": resized(qa.in_dims)}
-    stored = dataclasses.replace(qa, qvalue=qvalue, scale=scale, **sizes)
+    stored = dataclasses.replace(qa, qvalue=cut(qa.qvalue, 1), scale=cut(qa.scale, block))
+    stored = logical_as(stored, qa)
     dims = _with_dim(view, dimension, one_factor(axis, size, stride))
     return dataclasses.replace(view, stored=stored, dims=dims)
 
@@ -270,6 +264,22 @@ def flat_stack(view: View) -> QuantizedArray:
 
     qa = jax.tree.map(flat, view.stored)
     return dataclasses.replace(qa, transposed=False, in_dims=(), out_dims=())
+
+
+def logical_as(part: QuantizedArray, whole: QuantizedArray) -> QuantizedArray:
+    """A part of the storage of `whole` with its logical dimensions, the major ones cut."""
+
+    def cut(sizes: tuple[int, ...], length: int) -> tuple[int, ...]:
+        minor = math.prod(sizes[1:])
+        return (length // minor, *sizes[1:]) if sizes and length % minor == 0 else ()
+
+    *_, out, contracting = part.qvalue.shape
+    return dataclasses.replace(
+        part,
+        transposed=whole.transposed,
+        out_dims=cut(whole.out_dims, out),
+        in_dims=cut(whole.in_dims, contracting),
+    )
 
 
 def stack_index(view: View, factors: Dim) -> Any:

@@ -186,6 +186,15 @@ def test_ragged_dot_of_experts_that_are_transposed_for_it():
     )
 
 
+def test_ragged_dot_of_one_matrix():
+    w, x = kernel(64, 48), normal(9, 64)
+    assert_runs_as_fp8(
+        lambda w, x, n: lax.ragged_dot(x, w[None], n), w, x, jnp.array([9]), matmuls=1
+    )
+    stack = contracting((-2,), 1, 64, 48)
+    assert_runs_as_fp8(experts, stack, x, jnp.array([9]), matmuls=1)
+
+
 def test_ragged_dot_of_the_experts_of_a_layer():
     def fn(w, x, sizes):
         def layer(x, w):

@@ -278,6 +278,20 @@ def test_shard_map_shards_heads():
 
 
 @pytest.mark.filterwarnings("ignore:fp8. quantized, but in no FP8 product")
+def test_the_rule_that_fits_a_use_of_shards_is_that_of_the_whole():
+    def fn(w, x):
+        def body(w, x):
+            return lax.psum(jnp.einsum("bhd,hde->be", x, w), "model")
+
+        specs = (P("model"), P(None, "model"))
+        return jax.shard_map(body, mesh=mesh_2x2(), in_specs=specs, out_specs=P())(w, x)
+
+    w = contracting((-3,), 64, 4, 16)
+    report = assert_runs_as_fp8(fn, w, normal(3, 64, 4), dequantized_leaves=1)
+    assert report.leaves[0].notes.endswith("Rule(contracting=(-3, -2)) fits this use")
+
+
+@pytest.mark.filterwarnings("ignore:fp8. quantized, but in no FP8 product")
 def test_shards_of_what_is_no_major_dimension():
     def fn(w, x):
         specs = (P(None, None, "model"), P())
