@@ -12,7 +12,7 @@ GPU_EXTRA := $(if $(CUDA),$(if $(filter 12,$(CUDA)),$(comma)cuda12,$(comma)cuda1
 VENV := .venv
 PIP_FLAGS := --quiet --disable-pip-version-check
 
-.PHONY: demo test lint types notebooks test-lowest test-kernels clean help
+.PHONY: demo test lint types notebooks test-lowest test-kernels test-models clean help
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -41,7 +41,10 @@ test-lowest: $(VENV)/lowest/.done ## run the core tests with the lowest allowed 
 
 test-kernels: $(VENV)/kernels/.done ## compile the GPU kernels for an H200; needs no GPU
 	@$(VENV)/kernels/bin/python -m pytest tests/matmul/test_aot.py tests/matmul/test_gemm_aot.py \
-		tests/attention/test_attention_aot.py
+		tests/attention/test_attention_aot.py tests/transform/test_hlo.py
+
+test-models: $(VENV)/models/.done ## run transformers that other people wrote, in FP8
+	@$(VENV)/models/bin/python -m pytest tests/transform/test_third_party.py
 
 clean: ## remove the virtual environments
 	rm -rf $(VENV)
@@ -72,6 +75,10 @@ $(VENV)/kernels/.done: pyproject.toml
 	@version=$$($(VENV)/kernels/bin/python -c 'import jaxlib; print(jaxlib.__version__)'); \
 	$(VENV)/kernels/bin/python -m pip install $(PIP_FLAGS) --no-deps \
 		jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
+	@touch $@
+
+$(VENV)/models/.done: pyproject.toml
+	$(call install,models,-e '.[test-models]')
 	@touch $@
 
 $(VENV)/lowest/.done: pyproject.toml constraints-lowest.txt

@@ -30,6 +30,9 @@ class QuantizedArray:
       activation_scheme: "dynamic" or None; what `jaxquant.matmul` does with its other operand.
       transposed: whether the logical array is `[..., in, out]`, as Flax kernels are. Only
         `shape` and `dequantize` differ; the storage stays K-major.
+      in_dims: sizes of the logical dimensions that the contraction axis stands for, as in a Flax
+        kernel `[heads, head_dim, out]`; () if it is one. `jaxquant.matmul` takes them as one.
+      out_dims: likewise of the output axis, as in `[in, heads, head_dim]`.
     """
 
     qvalue: Any
@@ -38,17 +41,20 @@ class QuantizedArray:
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
     activation_scheme: str | None = dataclasses.field(default="dynamic", metadata={"static": True})
     transposed: bool = dataclasses.field(default=False, metadata={"static": True})
+    in_dims: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    out_dims: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The logical shape: `[..., out, in]`, or `[..., in, out]` if transposed."""
+        """The logical shape: `[..., *out, *in]`, or `[..., *in, *out]` if transposed."""
         *lead, out, contracting = self.qvalue.shape
-        return (*lead, contracting, out) if self.transposed else (*lead, out, contracting)
+        outs, ins = self.out_dims or (out,), self.in_dims or (contracting,)
+        return (*lead, *ins, *outs) if self.transposed else (*lead, *outs, *ins)
 
     @property
     def ndim(self) -> int:
-        """Number of dimensions."""
-        return self.qvalue.ndim
+        """Number of logical dimensions."""
+        return len(self.shape)
 
     @property
     def size(self) -> int:

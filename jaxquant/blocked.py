@@ -101,7 +101,7 @@ def dequantize(qa: QuantizedArray, dtype: Any = jnp.bfloat16) -> Float[Array, ".
 def _dequantize(qa: QuantizedArray, dtype: Any) -> Array:
     scale = expand_blocks(qa.scale, qa.block_size, qa.qvalue.shape)
     w = (widen(qa.qvalue) * scale).astype(dtype)
-    return w.mT if qa.transposed else w
+    return (w.mT if qa.transposed else w).reshape(qa.shape)
 
 
 def check_quantizable(w: Any) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,6 +19,14 @@ from jaxquant.errors import JaxquantError
 from jaxquant.report import QuantReport, TensorReport
 
 
+def _are_neighbours_from_the_end(dims: Any) -> bool:
+    if dims == ():
+        return True
+    if not isinstance(dims, tuple) or not all(type(i) is int for i in dims):
+        return False
+    return dims == tuple(range(dims[0], dims[0] + len(dims))) and dims[-1] < 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """What to do with the parameters whose '/'-joined path the pattern matches.
@@ -28,6 +37,11 @@ class Rule:
       skip: leave what matches as it is.
       transposed: whether the parameter is `[..., in, out]`; default: exactly those named `kernel`,
         as in Flax. Everything else is taken for `[..., out, in]`.
+      contracting: instead, the dimensions that a product contracts, counted from the end:
+        (-3,) for `[..., in, heads, head_dim]`, (-3, -2) for `[..., heads, head_dim, out]`,
+        (-2, -1) for `[..., out, heads, head_dim]`. What follows them are outputs (if nothing
+        does, the one before is), what is left in front are stacked matrices. A parameter with
+        two dimensions has one each way, whatever the numbers.
       note: what reports give as the reason; default: the pattern.
     """
 
@@ -35,6 +49,7 @@ class Rule:
     config: QuantConfig | None = None
     skip: bool = False
     transposed: bool | None = None
+    contracting: tuple[int, ...] = ()
     note: str = ""
 
     def __post_init__(self):
@@ -42,6 +57,16 @@ class Rule:
             re.compile(self.pattern)
         except (re.error, TypeError) as e:
             raise JaxquantError(f"rule {self.pattern!r} is no regular expression: {e}") from None
+        dims = self.contracting
+        if not _are_neighbours_from_the_end(dims):
+            raise JaxquantError(
+                f"rule {self.pattern!r}: contracting is {dims!r}; allowed: a tuple of neighbours, "
+                "counted from the end, such as (-3,) or (-3, -2)"
+            )
+        if dims and self.transposed is not None:
+            raise JaxquantError(
+                f"rule {self.pattern!r} has both transposed and contracting; leave one out"
+            )
 
     @property
     def reason(self) -> str:
@@ -57,6 +82,9 @@ DEFAULT_RULES = (
     Rule(r"(^|/)(gate|router|shared_expert_gate)(/|$)", skip=True, note="router gate"),
     Rule(r"(^|/)(vision\w*|visual|patch\w*)(/|$)", skip=True, note="vision"),
     Rule(r"(^|/)(\w+_proj|wqkv|w[123oqkv])(/(weight|kernel))?$", note="projection"),
+    # Flax's attention, in linen and in NNX: [in, heads, head_dim], and [heads, head_dim, out].
+    Rule(r"(^|/)(query|key|value)/kernel$", contracting=(-3,), note="projection"),
+    Rule(r"(^|/)out/kernel$", contracting=(-3, -2), note="projection"),
     Rule(r"(^|/)(weight|kernel)$", note="matrix"),
 )
 _HEAD = DEFAULT_RULES[1]
@@ -66,10 +94,17 @@ _MATRIX_ONLY = DEFAULT_RULES[-1]
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What becomes of one parameter: `config` is None if it is kept."""
+    """What becomes of one parameter.
+
+    Attributes:
+      config: None if it is kept.
+      contracting: the dimensions that a product contracts, counted from the end.
+      reason: why.
+      rule: the one that matched, or None.
+    """
 
     config: QuantConfig | None
-    transposed: bool
+    contracting: tuple[int, ...]
     reason: str
     rule: Rule | None
 
@@ -87,7 +122,7 @@ def decide(
     rule = next((r for r in rules if any(re.search(r.pattern, text) for text in texts)), None)
 
     def keep(reason: str) -> Decision:
-        return Decision(None, False, reason, rule)
+        return Decision(None, (), reason, rule)
 
     if len(shape) < 2:
         return keep(f"{len(shape)}-D")
@@ -100,11 +135,17 @@ def decide(
     if rule.skip and not (rule is _HEAD and config.quantize_head):
         return keep(rule.reason)
     if rule is _MATRIX_ONLY and len(shape) > 2:
-        return keep(f"{len(shape)}-D: a rule must say that the last two axes are a matrix")
-    transposed = (
-        slashed.rsplit("/", 1)[-1] == "kernel" if rule.transposed is None else rule.transposed
-    )
-    return Decision(rule.config or config, transposed, rule.reason, rule)
+        return keep(f"{len(shape)}-D: a rule must say which dimensions contract")
+    transposed = rule.transposed
+    if transposed is None:
+        is_kernel = slashed.rsplit("/", 1)[-1] == "kernel"
+        transposed = rule.contracting[-1] != -1 if rule.contracting else is_kernel
+    contracting = (-2,) if transposed else (-1,)
+    if rule.contracting and len(shape) > 2:
+        contracting = rule.contracting
+    if len(shape) < max(-contracting[0], len(contracting) + 1):
+        return keep(f"{len(shape)}-D: contracting={contracting} does not fit")
+    return Decision(rule.config or config, contracting, rule.reason, rule)
 
 
 def quantize_tree(
@@ -153,7 +194,7 @@ def quantize_tree(
             if decision.config is not None:
                 _check_same_config(path, leaf, decision.config)
         elif decision.config is not None:
-            result, error = _quantize_measured(leaf, decision.config, decision.transposed)
+            result, error = _quantize_measured(leaf, decision.config, decision.contracting)
         new.append(result)
         errors.append(error)
         entries.append(
@@ -190,10 +231,22 @@ def path_name(path: Sequence[Any]) -> str:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _quantize_measured(
-    w: jax.Array, config: QuantConfig, transposed: bool
+    w: jax.Array, config: QuantConfig, contracting: tuple[int, ...]
 ) -> tuple[QuantizedArray, jax.Array]:
-    qa = blocked.quantize(w.mT if transposed else w, config)
-    qa = dataclasses.replace(qa, transposed=transposed)
+    first, after = w.ndim + contracting[0], w.ndim + contracting[-1] + 1
+    ins, outs = w.shape[first:after], w.shape[after:]
+    transposed = bool(outs)
+    if not transposed:
+        first -= 1
+        outs = w.shape[first : first + 1]
+    sides = (ins, outs) if transposed else (outs, ins)
+    matrix = w.reshape(*w.shape[:first], *map(math.prod, sides))
+    qa = dataclasses.replace(
+        blocked.quantize(matrix.mT if transposed else matrix, config),
+        transposed=transposed,
+        in_dims=ins if len(ins) > 1 else (),
+        out_dims=outs if len(outs) > 1 else (),
+    )
     return qa, relative_error(w, qa)
 
 

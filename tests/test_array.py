@@ -59,6 +59,18 @@ def test_transposed_swaps_the_logical_axes_and_stores_the_same():
     np.testing.assert_array_equal(qa.dequantize(), STACK.dequantize().mT)
 
 
+@pytest.mark.parametrize(
+    ("transposed", "shape"), [(False, (4, 13, 10, 3, 100)), (True, (4, 3, 100, 13, 10))]
+)
+def test_several_dimensions_in_and_out_are_axes_of_the_storage(transposed, shape):
+    qa = dataclasses.replace(STACK, transposed=transposed, in_dims=(3, 100), out_dims=(13, 10))
+    assert (qa.shape, qa.ndim, qa.size) == (shape, 5, STACK.size)
+    matrices = dataclasses.replace(STACK, transposed=transposed)
+    np.testing.assert_array_equal(qa.dequantize(), matrices.dequantize().reshape(shape))
+    assert jax.tree.map(lambda x: x[1], qa).shape == shape[1:]
+    assert "[" + ",".join(map(str, shape)) + "]" in repr(qa)
+
+
 def test_dequantize_gives_the_original_dtype_by_default():
     assert QA.dequantize().dtype == jnp.bfloat16
     assert QA.dequantize(jnp.float32).dtype == jnp.float32
@@ -119,6 +131,8 @@ def test_static_fields_are_the_structure():
         {"dtype": jnp.dtype(jnp.float32)},
         {"activation_scheme": "dynamic"},
         {"transposed": True},
+        {"in_dims": (3, 100)},
+        {"out_dims": (13, 10)},
     ):
         assert jax.tree.structure(dataclasses.replace(QA, **change)) != jax.tree.structure(QA)
     assert jax.tree.structure(quantized(4, 4)) == jax.tree.structure(QA)

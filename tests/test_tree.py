@@ -122,7 +122,7 @@ KEPT = [
 def test_projections_are_quantized_by_default(path):
     decision = decide(path, (64, 64), jnp.dtype(jnp.bfloat16), QuantConfig())
     assert decision.config == QuantConfig()
-    assert decision.transposed == path.endswith("/kernel")
+    assert decision.contracting == ((-2,) if path.endswith("/kernel") else (-1,))
     assert decision.reason in ("projection", "matrix")
 
 
@@ -148,7 +148,6 @@ def test_bert_like_output_projections_are_no_heads():
         ("layers/mlp/experts/w1", True),
         ("layers/mlp/experts/down_proj", True),
         ("params/layers/q_proj/kernel", True),
-        ("params/MultiHeadDotProductAttention_0/query/kernel", False),  # [in, heads, head_dim]
         ("params/Conv_0/kernel", False),  # [window, in, out]
         ("conv1d/weight", False),
     ],
@@ -157,7 +156,7 @@ def test_a_third_axis_is_a_stack_only_for_known_projections(path, stack):
     decision = decide(path, (3, 64, 64), jnp.dtype(jnp.float32), QuantConfig())
     assert (decision.config is not None) == stack
     if not stack:
-        assert decision.reason.startswith("3-D: a rule must say")
+        assert decision.reason == "3-D: a rule must say which dimensions contract"
 
 
 @pytest.mark.parametrize("shape", [(), (7,)])
@@ -235,6 +234,94 @@ def test_transposed_is_the_rules_or_by_the_name_kernel(name, asked, transposed):
     assert differing(qa.scale, expected.scale) == 0
     error = jnp.abs(qa.dequantize(jnp.float32) - w.astype(jnp.float32)).max()
     assert error <= 0.0625 * jnp.abs(w).max()
+
+
+# Several dimensions in or out ---------------------------------------------------------------------
+
+
+def quantize_one(shape, contracting, name="w", **fields):
+    rules = [Rule(name, contracting=contracting, **fields)]
+    w = weight(*shape)
+    qparams, report = quantize_tree({name: w}, QuantConfig(weight_block_size=(16, 8)), rules)
+    return w, qparams[name], report
+
+
+@pytest.mark.parametrize(
+    ("shape", "contracting", "matrix", "in_dims", "out_dims"),
+    [
+        ((24, 4, 8), (-3,), (24, 32), (), (4, 8)),
+        ((4, 8, 40), (-3, -2), (32, 40), (4, 8), ()),
+        ((2, 3, 4, 8), (-4, -3), (6, 32), (2, 3), (4, 8)),
+        ((5, 24, 4, 8), (-3,), (5, 24, 32), (), (4, 8)),  # of 5 layers
+        ((5, 24, 8), (-2,), (5, 24, 8), (), ()),
+    ],
+)
+def test_contracting_dimensions_before_the_outputs(shape, contracting, matrix, in_dims, out_dims):
+    w, qa, _ = quantize_one(shape, contracting)
+    assert (qa.shape, qa.transposed, qa.in_dims, qa.out_dims) == (shape, True, in_dims, out_dims)
+    expected = blocked.quantize(w.reshape(matrix).mT, QuantConfig(weight_block_size=(16, 8)))
+    assert differing(qa.qvalue, expected.qvalue) == 0
+    assert differing(qa.scale, expected.scale) == 0
+    assert differing(qa.dequantize(), expected.dequantize().mT.reshape(shape)) == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "contracting", "matrix", "in_dims"),
+    [((40, 4, 8), (-2, -1), (40, 32), (4, 8)), ((5, 40, 8), (-1,), (5, 40, 8), ())],
+)
+def test_contracting_dimensions_after_the_output(shape, contracting, matrix, in_dims):
+    w, qa, _ = quantize_one(shape, contracting)
+    assert (qa.shape, qa.transposed, qa.in_dims, qa.out_dims) == (shape, False, in_dims, ())
+    expected = blocked.quantize(w.reshape(matrix), QuantConfig(weight_block_size=(16, 8)))
+    assert differing(qa.qvalue, expected.qvalue) == 0
+    assert differing(qa.dequantize(), expected.dequantize().reshape(shape)) == 0
+
+
+@pytest.mark.parametrize(
+    ("contracting", "transposed"), [((-3,), True), ((-3, -2), True), ((-2, -1), False)]
+)
+def test_a_matrix_has_one_dimension_each_way_whatever_contracts(contracting, transposed):
+    _, qa, _ = quantize_one((24, 40), contracting)
+    assert (qa.shape, qa.transposed, qa.in_dims, qa.out_dims) == ((24, 40), transposed, (), ())
+
+
+def test_too_few_dimensions_for_what_contracts():
+    decision = decide(
+        "w", (4, 8, 24), np.dtype(np.float32), QuantConfig(), [Rule("w", contracting=(-4, -3))]
+    )
+    assert decision.config is None
+    assert decision.reason == "3-D: contracting=(-4, -3) does not fit"
+
+
+@pytest.mark.parametrize("contracting", [(0,), (-1, -2), (-3, -1), (1, 2), -3, [-3]])
+def test_contracting_dimensions_are_neighbours_counted_from_the_end(contracting: Any):
+    with pytest.raises(JaxquantError) as e:
+        Rule("w", contracting=contracting)
+    assert str(e.value) == (
+        f"rule 'w': contracting is {contracting}; allowed: a tuple of neighbours, counted from "
+        "the end, such as (-3,) or (-3, -2)"
+    )
+
+
+def test_transposed_and_contracting_are_two_words_for_one_thing():
+    with pytest.raises(
+        JaxquantError, match=r"^rule 'w' has both transposed and contracting; leave"
+    ):
+        Rule("w", transposed=True, contracting=(-3,))
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "contracting"),
+    [
+        ("params/MultiHeadDotProductAttention_0/query/kernel", (24, 4, 8), (-3,)),
+        ("params/layers/self_attention/value/kernel", (2, 24, 4, 8), (-3,)),
+        ("params/MultiHeadDotProductAttention_0/out/kernel", (4, 8, 24), (-3, -2)),
+        ("attention/out/kernel", (24, 24), (-2,)),
+    ],
+)
+def test_flaxs_attention_is_known_by_its_names(path, shape, contracting):
+    decision = decide(path, shape, np.dtype(np.float32), QuantConfig())
+    assert (decision.contracting, decision.reason) == (contracting, "projection")
 
 
 @pytest.mark.parametrize("rules", [["up", "nothing"], [Rule("nothing", skip=True), "up"]])
@@ -399,7 +486,12 @@ def test_linen_variables_and_partitioned_boxes():
 
     variables = jax.jit(Model().init)(jax.random.key(0), jnp.ones((2, 4)))
     qvariables, report = quantize_tree(variables)
-    assert quantized_paths(qvariables) == ["params/up_proj/kernel"]
+    attention = "params/MultiHeadDotProductAttention_0"
+    names = ("key", "out", "query", "value")
+    assert quantized_paths(qvariables) == [
+        *(f"{attention}/{name}/kernel" for name in names),
+        "params/up_proj/kernel",
+    ]
     box = qvariables["params"]["up_proj"]["kernel"]
     assert isinstance(box, nn.Partitioned)
     assert box.get_partition_spec() == P("in", "out")

@@ -129,8 +129,9 @@ def save_model(
 def save_params(params: Any, directory: str | Path, **options: Any) -> Path:
     """Writes a parameter tree as safetensors, names joined with '.'.
 
-    A QuantizedArray at `X` becomes `X` and `X_scale_inv`, K-major; the name of a transposed one
-    ends in `weight` instead of `kernel`, since `[out, in]` is what that means elsewhere.
+    A QuantizedArray at `X` becomes `X` and `X_scale_inv`, K-major, several dimensions in or out as
+    one; the name of a transposed one ends in `weight` instead of `kernel`, since `[out, in]` is
+    what that means elsewhere.
 
     Raises:
       JaxquantError: QuantizedArrays of different configs; a leaf that is no array.

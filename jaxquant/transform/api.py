@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import os
 import traceback
 import warnings
@@ -28,9 +29,11 @@ def fp8[**P, R](fn: Callable[P, R], *, weight_only: bool = False) -> Callable[P,
 
     `fn` is traced as if each QuantizedArray in its arguments were an array of its `shape` and
     `dtype`. The program is then run with the weights as they are stored: a `dot_general` that
-    contracts a weight's contraction axis is `jaxquant.matmul`; transposes, reshapes, conversions
-    and slices of a stack on the way there cost nothing. Whatever else needs the values of a
-    weight gets them dequantized; `fp8_report` says where.
+    contracts a weight's contraction axis is `jaxquant.matmul`, and `ragged_dot` is a product of
+    the groups that have rows; transposes, reshapes, conversions and slices of a stack on the way
+    there cost nothing, slices of whole blocks and matrices gathered from a stack a copy in FP8.
+    Whatever else needs the values of a weight gets them dequantized, of a table just the rows that
+    are looked up; `fp8_report` says where.
 
     It composes with jit, vmap, grad (to activations and unquantized parameters; quantized
     weights are constants) and all else, inside and outside. As under `jax.jit`, side effects of
@@ -199,7 +202,7 @@ class _Program:
 
     def _warn(self, call: _Call, result: Any, uses: list[Use]) -> None:
         # What is in no product: but for what the function only hands on.
-        busy = {use.leaf for use in uses if not use.line}
+        busy = {use.leaf for use in uses if use.line is None}
         if len(busy) == len(call.paths):
             return
         used = {use.leaf for use in uses}
@@ -250,8 +253,10 @@ def _logical(qa: QuantizedArray) -> jax.ShapeDtypeStruct:
     """What the function sees: with the sharding, where that is part of the type."""
     sharding = jax.typeof(qa.qvalue).sharding
     spec = list(sharding.spec)
-    if qa.transposed:
-        spec[-2:] = reversed(spec[-2:])
+    matrix = [[spec.pop(-2)], [spec.pop()]]
+    for names, dims in zip(matrix, (qa.out_dims, qa.in_dims), strict=True):
+        names += [None] * (len(dims) - 1)  # the first of several dimensions is sharded
+    spec += itertools.chain(*(reversed(matrix) if qa.transposed else matrix))
     sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec)) if any(spec) else None
     return jax.ShapeDtypeStruct(qa.shape, qa.dtype, sharding=sharding)
 

@@ -48,20 +48,31 @@ class Evaluator:
         uses: dict[tuple, Use] | None = None,
         site: tuple[int, ...] = (),
         times: int = 1,
+        line: str = "",
         arrays: dict[tuple, tuple[View, jax.Array]] | None = None,
     ):
         self.uses = {} if uses is None else uses
         self.site = site
         self.times = times
+        self._around = line
+        self._eqn: JaxprEqn | None = None
         self._arrays = {} if arrays is None else arrays
+
+    @property
+    def line(self) -> str:
+        """The line of user code of the current equation."""
+        # What a library has jitted is traced without the frames around it.
+        line = source_info_util.summarize(self._eqn.source_info) if self._eqn else ""
+        return line or self._around
 
     def inner(self, *position: int, times: int = 1) -> "Evaluator":
         """An evaluator for the jaxpr of the current equation, in a trace of its own."""
-        return Evaluator(self.uses, (*self.site, *position), self.times * times)
+        return Evaluator(self.uses, (*self.site, *position), self.times * times, self.line)
 
     def inline(self, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
         """Evaluates the jaxpr of the current equation as if its equations stood here."""
-        return Evaluator(self.uses, self.site, self.times, self._arrays).run(jaxpr, args)
+        inlined = Evaluator(self.uses, self.site, self.times, self.line, self._arrays)
+        return inlined.run(jaxpr, args)
 
     def run(self, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
         """The results of the jaxpr; Views stay Views where only their layout changes."""
@@ -75,7 +86,7 @@ class Evaluator:
         last = _last_uses(jaxpr)
         outer = self.site
         for i, eqn in enumerate(jaxpr.eqns):
-            self.site = (*outer, i)
+            self.site, self._eqn = (*outer, i), eqn
             stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
             with (
                 source_info_util.user_context(eqn.source_info.traceback, name_stack=stack),
@@ -85,7 +96,7 @@ class Evaluator:
             env.update(zip(eqn.outvars, results, strict=True))
             for v in last[i]:
                 env.pop(v, None)  # so that memory is freed where nothing is jitted
-        self.site = outer
+        self.site, self._eqn = outer, None
         return [read(v) for v in jaxpr.outvars]
 
     def _apply(self, eqn: JaxprEqn, operands: list[Any]) -> list[Any]:
@@ -105,8 +116,7 @@ class Evaluator:
             return x
         primitive, line = "a result", "the end of the function"
         if eqn is not None:
-            primitive = eqn.primitive.name
-            line = source_info_util.summarize(eqn.source_info)
+            primitive, line = eqn.primitive.name, self.line
         self.note(x.leaf, primitive, line, reason)
         offset = x.offset if isinstance(x.offset, int) else id(x.offset)
         key = (id(x.stored), offset, x.dims, x.dtype)
@@ -114,14 +124,15 @@ class Evaluator:
             self._arrays[key] = (x, views.dequantize(x))
         return self._arrays[key][1]
 
-    def note(self, leaf: int, primitive: str, line: str = "", reason: str = "") -> None:
+    def note(self, leaf: int, primitive: str, line: str | None = None, reason: str = "") -> None:
         """Notes a use at the current equation."""
         self.add([Use(leaf, (), 1, primitive, line, reason)])
 
     def add(self, uses: Iterable[Use]) -> None:
         """Notes uses whose sites are relative to the current equation."""
         for use in uses:
-            use = use._replace(site=self.site + use.site, times=self.times * use.times)
+            line = self.line if use.line == "" else use.line
+            use = use._replace(site=self.site + use.site, times=self.times * use.times, line=line)
             self.uses[use.leaf, use.site, use.primitive] = use
 
 
@@ -153,21 +164,27 @@ def enter(
     results, uses = wrap(run_entered)(_Static(jaxpr), *local)
     leaves = {i: x.leaf for i, x in enumerate(operands) if isinstance(x, View)}
     evaluator.add(use._replace(leaf=leaves[use.leaf]) for use in uses.value)
-    return [
-        dataclasses.replace(x, stored=operands[x.leaf].stored, leaf=leaves[x.leaf])
-        if isinstance(x, View)
-        else x
-        for x in results
-    ]
+
+    def outside(x: Any) -> Any:
+        if not isinstance(x, View):
+            return x
+        stored = operands[x.leaf].stored if x.stored is None else x.stored
+        return dataclasses.replace(x, stored=stored, leaf=leaves[x.leaf])
+
+    return list(map(outside, results))
 
 
 def run_entered(jaxpr: _Static, *operands: Any) -> tuple[list[Any], _Static]:
     """What `enter` wraps."""
     evaluator = Evaluator()
     results = evaluator.run(jaxpr.value, operands)
-    # A View leaves without its weight, which is outside already.
-    results = [dataclasses.replace(x, stored=None) if isinstance(x, View) else x for x in results]
-    return results, _Static(tuple(evaluator.uses.values()))
+
+    def leave(x: Any) -> Any:  # a View without its weight, if that is outside already
+        if isinstance(x, View) and x.stored is operands[x.leaf].stored:
+            return dataclasses.replace(x, stored=None)
+        return x
+
+    return list(map(leave, results)), _Static(tuple(evaluator.uses.values()))
 
 
 def _last_uses(jaxpr: Jaxpr) -> list[list[Any]]:

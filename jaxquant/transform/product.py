@@ -1,6 +1,7 @@
-"""`dot_general` of an array and a View, as `jaxquant.matmul`."""
+"""`dot_general` and `ragged_dot` of an array and a View, as `jaxquant.matmul`."""
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 from jax import lax
 
 from jaxquant.array import QuantizedArray
-from jaxquant.matmul import matmul
+from jaxquant.blocked import take_layer
+from jaxquant.matmul import grouped_matmul, matmul
 from jaxquant.transform import view as views
 from jaxquant.transform.view import OUT, STACK, Dim, View
 
@@ -26,15 +28,45 @@ def refusal(w: View, contracting: tuple[int, ...], batch: tuple[int, ...]) -> st
     if math.prod(w.shape) == 0:
         return "the weight is empty"
     if STACK in axes:
-        return "it contracts an axis along which the weight was taken for a stack of matrices"
-    if OUT in axes:
-        other = not w.stored.transposed
-        return f"it contracts the output axis of the blocks; Rule(transposed={other}) fits this use"
-    if whole != w.stored.qvalue.shape[-1]:
-        return "it contracts a part of the contraction axis"
-    if {f.axis for i in batch for f in w.dims[i]} - {STACK}:
-        return "a batch dimension is no axis of the stack"
-    return ""
+        reason = "it contracts an axis along which the weight was taken for a stack of matrices"
+    elif OUT in axes:
+        reason = "it contracts the output axis of the blocks"
+    elif whole != w.stored.qvalue.shape[-1]:
+        reason = "it contracts a part of the contraction axis"
+    elif {f.axis for i in batch for f in w.dims[i]} - {STACK}:
+        reason = "a batch dimension is no axis of the stack"
+    else:
+        return ""
+    return reason + _fitting_rule(w, contracting, batch)
+
+
+def _fitting_rule(w: View, contracting: tuple[int, ...], batch: tuple[int, ...]) -> str:
+    """`; Rule(...) fits this use`; "" if no rule does."""
+    dims = views.view_of(w.stored, w.leaf).dims
+    ins, stacked = (_covered(dims, _factors(w, group)) for group in (contracting, batch))
+    if not ins or stacked is None or ins != list(range(ins[0], ins[-1] + 1)):
+        return ""
+    # The output is after what contracts, or just before it.
+    lead = ins[0] - (ins[-1] == len(dims) - 1)
+    if lead < 0 or any(i >= lead for i in stacked):
+        return ""
+    return f"; Rule(contracting={tuple(i - len(dims) for i in ins)}) fits this use"
+
+
+def _covered(dims: tuple[Dim, ...], factors: Dim) -> list[int] | None:
+    """The dimensions that factors cover whole; None if they cover a part of one."""
+    covered = []
+    for i, dim in enumerate(dims):
+        part = 1.0
+        for f, g in itertools.product(dim, factors):
+            if f.axis == g.axis:
+                end = min(f.stride * f.size, g.stride * g.size)
+                part *= max(end / max(f.stride, g.stride), 1)
+        if part not in (1, views.dim_size(dim)):
+            return None
+        if part > 1:
+            covered.append(i)
+    return covered
 
 
 def product(
@@ -46,12 +78,14 @@ def product(
 ) -> jax.Array:
     """`lax.dot_general(x, w, (contracting, batch))` for a view that `refusal` has let pass.
 
-    A batch of matrices, or several that all take the same x, run one after the other, each in its
-    place in the stack.
+    Matrices of a stack that all take the same x are one product if their blocks are whole;
+    otherwise, and in a batch, they run one after the other, each in its place in the stack.
     """
     (x_contracting, w_contracting), (x_batch, w_batch) = contracting, batch
     x_free = [i for i in range(x.ndim) if i not in (*x_contracting, *x_batch)]
-    free = _factors(w, [i for i in range(len(w.dims)) if i not in (*w_contracting, *w_batch)])
+    w_free = [i for i in range(len(w.dims)) if i not in (*w_contracting, *w_batch)]
+    w = views.join_stack(w, _factors(w, w_free))
+    free = _factors(w, w_free)
     free_stack = tuple(f for f in free if f.axis == STACK)
     batch_stack = _factors(w, w_batch)
     batch_shape = [x.shape[i] for i in x_batch]
@@ -84,8 +118,7 @@ def product(
     y = y.transpose(
         [*range(len(batch_shape)), *range(start, start + len(rest)), *(at[f] for f in free)]
     )
-    w_free = [n for i, n in enumerate(w.shape) if i not in (*w_contracting, *w_batch)]
-    return y.reshape(*batch_shape, *rest, *w_free)
+    return y.reshape(*batch_shape, *rest, *(w.shape[i] for i in w_free))
 
 
 # Traced once a shape, and compiled where nothing around it is.
@@ -93,6 +126,47 @@ def product(
 def fp8_matmul(x: jax.Array, w: QuantizedArray, layer: Any, out_dtype: Any) -> jax.Array:
     """`jaxquant.matmul`; the name is what jaxprs and profiles show."""
     return matmul(x, w, layer=layer, preferred_element_type=out_dtype)
+
+
+def grouped_refusal(w: View, group: int, contracting: int) -> str:
+    """Why `lax.ragged_dot` with these dimensions cannot run on the blocks; "" if it can."""
+    reason = refusal(w, (contracting,), (group,))
+    if reason:
+        return reason
+    (out,) = (dim for i, dim in enumerate(w.dims) if i not in (group, contracting))
+    E, stack = w.shape[group], math.prod(w.stored.qvalue.shape[:-2])
+    consecutive = views.one_factor(STACK, E, 1) == w.dims[group]
+    if not consecutive or w.align % E or stack % E or {f.axis for f in out} - {OUT}:
+        return "the groups are no consecutive matrices of the stack"
+    return ""
+
+
+def grouped_product(x: jax.Array, w: View, group_sizes: jax.Array, out_dtype: Any) -> jax.Array:
+    """`lax.ragged_dot(x, w, group_sizes)` for a view that `grouped_refusal` has let pass."""
+    E = group_sizes.shape[0]
+    stack, layer = ((E,), None) if w.offset is None else ((-1, E), w.offset // E)
+    weight = views.flat_stack(w)
+    weight = jax.tree.map(lambda leaf: leaf.reshape(*stack, *leaf.shape[-2:]), weight)
+    return fp8_grouped_matmul(x, weight, group_sizes, layer, out_dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+@functools.partial(jax.jit, static_argnums=4)
+def fp8_grouped_matmul(
+    x: jax.Array, w: QuantizedArray, group_sizes: jax.Array, layer: Any, out_dtype: Any
+) -> jax.Array:
+    """`grouped_matmul`, with the derivative of `jaxquant.matmul`: straight through rounding."""
+    return grouped_matmul(x, w, group_sizes, layer=layer, preferred_element_type=out_dtype)
+
+
+@fp8_grouped_matmul.defjvp
+def _straight_through(out_dtype: Any, primals: Any, tangents: Any) -> Any:
+    x, w, group_sizes, layer = primals
+    y = fp8_grouped_matmul(x, w, group_sizes, layer, out_dtype)
+    if layer is not None:
+        w = jax.tree.map(lambda leaf: take_layer(leaf, layer), w)
+    weight = w.dequantize(tangents[0].dtype).mT
+    return y, lax.ragged_dot(tangents[0], weight, group_sizes, preferred_element_type=out_dtype)
 
 
 def _factors(w: View, dimensions: Any) -> Dim:

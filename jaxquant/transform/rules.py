@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.sharding import Sharding
 
 from jaxquant.transform import product, view as views
 from jaxquant.transform.evaluate import Evaluator, bind, enter, rule
-from jaxquant.transform.view import View
+from jaxquant.transform.view import STACK, View
 
 Results = list[Any] | str | None
 
@@ -57,7 +58,7 @@ def _convert(ev: Evaluator, eqn: JaxprEqn, operands: list[Any]) -> Results:
 def _slice(ev: Evaluator, eqn: JaxprEqn, operands: list[Any]) -> Results:
     p = eqn.params
     strides = p["strides"] or (1,) * len(p["start_indices"])
-    return _slices(operands[0], p["start_indices"], _aval(eqn).shape, strides)
+    return _slices(ev, eqn, operands[0], p["start_indices"], _aval(eqn).shape, strides)
 
 
 @rule("dynamic_slice")
@@ -65,7 +66,7 @@ def _dynamic_slice(ev: Evaluator, eqn: JaxprEqn, operands: list[Any]) -> Results
     view, *starts = operands
     if not isinstance(view, View):
         return None
-    return _slices(view, starts, eqn.params["slice_sizes"], (1,) * len(starts))
+    return _slices(ev, eqn, view, starts, eqn.params["slice_sizes"], (1,) * len(starts))
 
 
 @rule("split")
@@ -73,7 +74,12 @@ def _split(ev: Evaluator, eqn: JaxprEqn, operands: list[Any]) -> Results:
     axis, sizes = eqn.params["axis"], eqn.params["sizes"]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     pieces = [views.take(operands[0], axis, at, n) for at, n in zip(starts, sizes, strict=True)]
-    return None if None in pieces else pieces
+    return _CUT if None in pieces else pieces
+
+
+@rule("concatenate")
+def _concatenate(ev: Evaluator, eqn: JaxprEqn, operands: list[Any]) -> Results:
+    return "joined with other arrays; join the results of their products instead"
 
 
 @rule("unstack")
@@ -86,16 +92,39 @@ def _unstack(ev: Evaluator, eqn: JaxprEqn, operands: list[Any]) -> Results:
 @rule("gather")
 def _gather(ev: Evaluator, eqn: JaxprEqn, operands: list[Any]) -> Results:
     view, index = operands
-    dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    one = (
-        isinstance(view, View)
-        and index.shape == (1,)
-        and dims.start_index_map == dims.collapsed_slice_dims
-        and sum(a != b for a, b in zip(sizes, view.shape, strict=True)) <= 1
-        # A row of NaN for an index out of bounds is no matrix of the stack.
-        and eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP
-    )
-    return _one(_index(view, dims.start_index_map[0], index[0])) if one else None
+    p = eqn.params
+    dims, sizes = p["dimension_numbers"], p["slice_sizes"]
+    if not isinstance(view, View):
+        return None
+    partial = [i for i, (a, b) in enumerate(zip(sizes, view.shape, strict=True)) if a != b]
+    fill = p["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    if (
+        len(partial) != 1
+        or sizes[partial[0]] != 1
+        or partial[0] not in dims.start_index_map
+        or {*dims.collapsed_slice_dims} - {*partial}
+        or dims.operand_batching_dims
+        or (fill and len(dims.start_index_map) > 1)
+        or not (p["fill_value"] is None or np.isnan(p["fill_value"]))
+    ):
+        return None
+    (axis,) = partial
+    index = index[..., dims.start_index_map.index(axis)]
+    rows = views.take(view, axis, index, 1) if index.ndim == 0 and not fill else None
+    rows = rows or views.gather(view, axis, index.reshape(-1), fill)
+    if rows is None:
+        return None
+    is_stack = view.dims[axis][0].axis == STACK
+    # The index's dimensions come first, then what is left of the view's; then all in their order.
+    rest = [i for i in range(len(sizes)) if i not in dims.collapsed_slice_dims]
+    rows = views.transpose(rows, [axis, *(i for i in range(len(sizes)) if i != axis)])
+    rows = views.reshape(rows, (*index.shape, *(sizes[i] for i in rest)))
+    lead, offset = iter(range(index.ndim)), iter(range(index.ndim, index.ndim + len(rest)))
+    order = [next(offset if i in dims.offset_dims else lead) for i in range(_aval(eqn).ndim)]
+    rows = rows and views.transpose(rows, order)
+    if rows is None or is_stack:
+        return _one(rows)
+    return [ev.array(rows, eqn, "only what it looks up")]
 
 
 @rule(
@@ -131,11 +160,23 @@ def _barrier(ev: Evaluator, eqn: JaxprEqn, operands: list[Any]) -> Results:
     return [x if isinstance(x, View) else next(arrays) for x in operands]
 
 
-def _slices(view: View, starts: Any, sizes: Any, steps: Any) -> Results:
-    result: View | None = view
+def _slices(
+    ev: Evaluator, eqn: JaxprEqn, view: View, starts: Any, sizes: Any, steps: Any
+) -> Results:
+    cuts = False
     for i, (start, size, step) in enumerate(zip(starts, sizes, steps, strict=True)):
-        result = result and views.take(result, i, start, size, step)
-    return _one(result) or "a slice along an axis of the blocks"
+        result = views.take(view, i, start, size, step)
+        if result is None:
+            cuts = True
+            start = jnp.clip(start, 0, view.shape[i] - (size - 1) * step - 1)
+            result = views.gather(view, i, start + step * jnp.arange(size), fill=False)
+        if result is None:
+            return _CUT
+        view = result
+    return [ev.array(view, eqn, _CUT) if cuts else view]
+
+
+_CUT = "a slice that cuts blocks"
 
 
 def _index(view: View, axis: int, i: Any) -> View | None:
@@ -171,6 +212,28 @@ def _dot_general(ev: Evaluator, eqn: JaxprEqn, operands: list[Any]) -> Results:
     if eqn.params["out_sharding"] is not None:
         y = jax.sharding.reshard(y, eqn.params["out_sharding"])
     return [y]
+
+
+@rule("ragged_dot_general")
+def _ragged_dot(ev: Evaluator, eqn: JaxprEqn, operands: list[Any]) -> Results:
+    x, w, group_sizes = operands
+    p, out = eqn.params, _aval(eqn)
+    dims = p["ragged_dot_dimension_numbers"]
+    contracting, batch = dims.dot_dimension_numbers
+    if (
+        not isinstance(w, View)
+        or any(isinstance(operand, View) for operand in (x, group_sizes))
+        or (contracting[0], batch) != ((1,), ((), ()))
+        or (dims.lhs_ragged_dimensions, len(dims.rhs_group_dimensions)) != ((0,), 1)
+        or p["group_offset"] is not None
+        or not jnp.issubdtype(out.dtype, jnp.floating)
+    ):
+        return "not of the form of lax.ragged_dot"
+    reason = product.grouped_refusal(w, dims.rhs_group_dimensions[0], contracting[1][0])
+    if reason:
+        return reason
+    ev.note(w.leaf, "ragged_dot_general")
+    return [product.grouped_product(x, w, group_sizes, out.dtype)]
 
 
 # Primitives with a jaxpr inside ------------------------------------------------------------------

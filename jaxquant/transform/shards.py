@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxquant.array import QuantizedArray
 from jaxquant.transform import view as views
 from jaxquant.transform.evaluate import Evaluator, rule
-from jaxquant.transform.view import IN, OUT, STACK, View
+from jaxquant.transform.view import IN, OUT, STACK, Dim, View
 
 
 @rule("shard_map")
@@ -50,19 +50,26 @@ def _specs(view: View, spec: PartitionSpec, mesh: Any) -> QuantizedArray | str:
     """The specs of qvalue and scale for that of the logical array; or why there are none."""
     qa = views.flat_stack(view)
     sizes = dict(zip((IN, OUT, STACK), reversed(qa.qvalue.shape), strict=False))
-    blocks = {STACK: 1, OUT: qa.block_size[0], IN: qa.block_size[1]}
     entries: dict[int, Any] = {}
+    held = dict.fromkeys(sizes, 1)
     for dim, entry in zip(view.dims, (*spec, *[None] * len(view.dims)), strict=False):
         if not dim and entry is None:
             continue
-        if view.offset is not None or len(dim) != 1 or dim[0].size != sizes[dim[0].axis]:
+        if view.offset is not None or len(dim) != 1:
             return "shards of a slice or a reshape of the weight"
-        axis = dim[0].axis
-        names = (entry,) if isinstance(entry, str) else entry or ()
-        shards = math.prod(mesh[name] for name in names)
-        if shards > 1 and sizes[axis] % (shards * blocks[axis]):
-            return f"{shards} shards of {sizes[axis]} cut its blocks of {blocks[axis]}"
+        ((axis, n, stride),) = dim
+        held[axis] *= n
+        shards = _count(entry, mesh)
+        if shards == 1:
+            continue
+        if n * stride != sizes[axis]:  # not the major dimension of its axis
+            return "shards of a slice or a reshape of the weight"
+        block = (1, *qa.block_size)[axis]
+        if sizes[axis] % (shards * block):
+            return f"{shards} shards of {sizes[axis]} cut its blocks of {block}"
         entries[axis] = entry
+    if held != sizes:
+        return "shards of a slice or a reshape of the weight"
     axes = (STACK, OUT, IN)[-qa.ndim :]
     stored = PartitionSpec(*(entries.get(axis) for axis in axes))
     return dataclasses.replace(qa, qvalue=stored, scale=stored)
@@ -70,6 +77,22 @@ def _specs(view: View, spec: PartitionSpec, mesh: Any) -> QuantizedArray | str:
 
 def _local(view: View, shard: QuantizedArray) -> View:
     """The view of a shard that has the layout of the view of the whole."""
-    sizes = dict(zip((IN, OUT, STACK), reversed(shard.qvalue.shape), strict=False))
-    dims = tuple(views.one_factor(d[0].axis, sizes[d[0].axis], 1) if d else () for d in view.dims)
-    return dataclasses.replace(view, stored=shard, dims=dims)
+    whole, local = (
+        dict(zip((IN, OUT, STACK), reversed(qa.qvalue.shape), strict=False))
+        for qa in (views.flat_stack(view), shard)
+    )
+
+    def of_shard(dim: Dim) -> Dim:
+        if not dim:
+            return dim
+        ((axis, n, stride),) = dim
+        is_major = n * stride == whole[axis]
+        return views.one_factor(axis, local[axis] // stride if is_major else n, stride)
+
+    stored = views.logical_as(shard, view.stored)
+    return dataclasses.replace(view, stored=stored, dims=tuple(map(of_shard, view.dims)))
+
+
+def _count(entry: Any, mesh: Any) -> int:
+    """Into how many shards an entry of a PartitionSpec divides."""
+    return math.prod(mesh[name] for name in ((entry,) if isinstance(entry, str) else entry or ()))

@@ -16,7 +16,7 @@ class Use(NamedTuple):
       site: where: the positions of the equations, the outer ones first.
       times: how often it runs, the trips of scans multiplied; those of while loops are not known.
       primitive: what uses it.
-      line: the line of user code; "" for products that run as FP8.
+      line: the line of user code; None for products that run as FP8.
       reason: why it was dequantized; "" for products that run as FP8.
     """
 
@@ -24,7 +24,7 @@ class Use(NamedTuple):
     site: tuple[int, ...]
     times: int
     primitive: str
-    line: str = ""
+    line: str | None = None
     reason: str = ""
 
 
@@ -114,7 +114,7 @@ def make_report(
     matmuls: dict[int, int] = {}
     dequantized: dict[int, dict[tuple[str, str, str], None]] = {}
     for use in uses:
-        if use.line:
+        if use.line is not None:
             dequantized.setdefault(use.leaf, {})[use.primitive, use.line, use.reason] = None
         else:
             matmuls[use.leaf] = matmuls.get(use.leaf, 0) + use.times

@@ -7,7 +7,8 @@ logical array is a sequence of factors of these axes, the major one first:
 
 so a kernel `[in, heads, head_dim]` has the dimensions (in), (out / head_dim), (out % head_dim). A
 transpose permutes dimensions, a reshape splits and joins factors, a slice of the stack changes its
-offset: nothing is computed before the product, which then finds the axes it needs whole.
+offset: nothing is computed before the product, which then finds the axes it needs whole. A slice
+along whole blocks and what is gathered along an axis are a View of other storage, FP8 too.
 """
 
 import dataclasses
@@ -48,6 +49,7 @@ class View:
       dims: the factors of each dimension.
       dtype: of the logical array.
       leaf: number of the weight among the quantized arguments.
+      align: of what the offset is a multiple; 0 if there is none.
     """
 
     stored: Any
@@ -55,6 +57,7 @@ class View:
     dims: tuple[Dim, ...] = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
     leaf: int = dataclasses.field(metadata={"static": True})
+    align: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -76,13 +79,16 @@ def view_of(qa: QuantizedArray, leaf: int) -> View:
         *(one_factor(STACK, n, stride) for n, stride in zip(lead, strides, strict=True)),
         *(reversed(matrix) if qa.transposed else matrix),
     )
-    return View(qa, None, dims, jnp.dtype(qa.dtype), leaf)
+    view = reshape(View(qa, None, dims, jnp.dtype(qa.dtype), leaf), qa.shape)
+    assert view is not None  # in_dims and out_dims are factors of their axes
+    return view
 
 
 def is_whole(view: View, qa: QuantizedArray) -> bool:
     """Whether the view is `qa` as it came: same layout, same dtype."""
     whole = view_of(qa, view.leaf)
-    return (view.dims, view.dtype, view.offset) == (whole.dims, whole.dtype, None)
+    same = view.stored.qvalue is qa.qvalue
+    return same and (view.dims, view.dtype, view.offset) == (whole.dims, whole.dtype, None)
 
 
 def dim_size(dim: Dim) -> int:
@@ -142,25 +148,109 @@ def astype(view: View, dtype: Any) -> View | None:
 
 
 def take(view: View, dimension: int, start: Any, size: int, step: int = 1) -> View | None:
-    """`size` indices of a dimension from `start` (clamped to fit), which is along the stack."""
+    """`size` indices of a dimension from `start`, clamped to fit: of the stack, or whole blocks."""
     dim = view.dims[dimension]
     if size == dim_size(dim):
         return view
-    if size == 0 or [f.axis for f in dim] != [STACK]:
+    if size == 0 or len(dim) != 1:
         return None
-    ((_, n, stride),) = dim
-    last = n - (size - 1) * step - 1
-    if isinstance(start, int | np.integer):
+    ((axis, n, stride),) = dim
+    last, is_static = n - (size - 1) * step - 1, isinstance(start, int | np.integer)
+    if is_static:
         start = min(max(int(start), 0), last)
-    else:
-        start = lax.clamp(0, start.astype(jnp.int32), last)
-    offset = start * stride if view.offset is None else view.offset + start * stride
-    dims = (
-        *view.dims[:dimension],
-        one_factor(STACK, size, stride * step),
-        *view.dims[dimension + 1 :],
+    if axis != STACK:
+        return _take_blocks(view, dimension, start, size) if is_static and step == 1 else None
+    move = (start if is_static else lax.clamp(0, start.astype(jnp.int32), last)) * stride
+    return dataclasses.replace(
+        view,
+        offset=move if view.offset is None else view.offset + move,
+        align=math.gcd(view.align, move if is_static else stride),
+        dims=_with_dim(view, dimension, one_factor(STACK, size, stride * step)),
     )
-    return dataclasses.replace(view, offset=offset, dims=dims)
+
+
+def _take_blocks(view: View, dimension: int, start: int, size: int) -> View | None:
+    ((axis, n, stride),) = view.dims[dimension]
+    begin, end, block = start * stride, (start + size) * stride, _block(view.stored, axis)
+    length = view.stored.qvalue.shape[axis - 3]
+    if n * stride != length or begin % block or (end % block and end != length):
+        return None  # not the major dimension of the axis, or not whole blocks
+
+    def cut(x: Any, block: int) -> Any:
+        return lax.slice_in_dim(x, begin // block, -(-end // block), axis=x.ndim + axis - 3)
+
+    qa = view.stored
+    stored = dataclasses.replace(qa, qvalue=cut(qa.qvalue, 1), scale=cut(qa.scale, block))
+    stored = logical_as(stored, qa)
+    dims = _with_dim(view, dimension, one_factor(axis, size, stride))
+    return dataclasses.replace(view, stored=stored, dims=dims)
+
+
+def gather(view: View, dimension: int, index: jax.Array, fill: bool) -> View | None:
+    """`index [n]` of a dimension, which has an axis of the storage for itself.
+
+    Indices out of bounds are clamped, or give NaN if `fill`.
+    """
+    qa, dim = flat_stack(view), view.dims[dimension]
+    if len(dim) != 1:
+        return None
+    ((axis, n, _),) = dim
+    if n != qa.qvalue.shape[axis - 3] or (axis == STACK and view.offset is not None):
+        return None
+    block, clipped = _block(qa, axis), jnp.clip(index, 0, n - 1)
+    qvalue = jnp.take(qa.qvalue, clipped, axis=axis - 3)
+    scale = jnp.take(qa.scale, clipped // block, axis=axis - 3)
+    if fill:
+        valid = jnp.expand_dims(clipped == index, range(1, 3 - axis))
+        scale = jnp.where(valid, scale, jnp.nan)
+    bo, bi = qa.block_size
+    block_size = {STACK: (bo, bi), OUT: (1, bi), IN: (bo, 1)}[axis]
+    stored = dataclasses.replace(qa, qvalue=qvalue, scale=scale, block_size=block_size)
+    dims = _with_dim(view, dimension, one_factor(axis, index.shape[0], 1))
+    return dataclasses.replace(view, stored=stored, dims=dims)
+
+
+def join_stack(view: View, factors: Dim) -> View:
+    """The view with its last matrices stacked along `out` instead, as many as `factors` are.
+
+    A product with all of them is one of a larger matrix then. Nothing moves in the storage; it
+    takes matrices of whole blocks.
+    """
+    qa, count = flat_stack(view), 1
+    strides = {f.stride: f.size for f in factors if f.axis == STACK}
+    while count in strides:
+        count *= strides[count]
+    N, bo = qa.qvalue.shape[-2], qa.block_size[0]
+    others = [f.stride for f in view.factors if f.axis == STACK and f.stride >= count]
+    if count == 1 or N % bo or any(n % count for n in (*others, view.align, len(qa.qvalue))):
+        return view
+
+    def joined(f: Factor) -> Factor:
+        if f.axis != STACK:
+            return f
+        if f.stride < count:
+            return Factor(OUT, f.size, f.stride * N)
+        return f._replace(stride=f.stride // count)
+
+    def join(x: Any) -> Any:
+        stack, rows, columns = x.shape
+        return x.reshape(*([stack // count] if stack > count else []), rows * count, columns)
+
+    return dataclasses.replace(
+        view,
+        stored=jax.tree.map(join, qa),
+        offset=None if view.offset is None else view.offset // count,
+        align=view.align // count,
+        dims=tuple(tuple(map(joined, dim)) for dim in view.dims),
+    )
+
+
+def _block(qa: QuantizedArray, axis: int) -> int:
+    return (1, *qa.block_size)[axis]
+
+
+def _with_dim(view: View, dimension: int, dim: Dim) -> tuple[Dim, ...]:
+    return (*view.dims[:dimension], dim, *view.dims[dimension + 1 :])
 
 
 # Ends of a view -----------------------------------------------------------------------------------
@@ -168,12 +258,28 @@ def take(view: View, dimension: int, start: Any, size: int, step: int = 1) -> Vi
 
 def flat_stack(view: View) -> QuantizedArray:
     """The stored weight as `[out, in]`, or as `[stack, out, in]` if it has leading axes."""
-    qa = view.stored
 
     def flat(x: Any) -> Any:
         return x if x.ndim <= 3 else x.reshape(-1, *x.shape[-2:])
 
-    return dataclasses.replace(qa, qvalue=flat(qa.qvalue), scale=flat(qa.scale), transposed=False)
+    qa = jax.tree.map(flat, view.stored)
+    return dataclasses.replace(qa, transposed=False, in_dims=(), out_dims=())
+
+
+def logical_as(part: QuantizedArray, whole: QuantizedArray) -> QuantizedArray:
+    """A part of the storage of `whole` with its logical dimensions, the major ones cut."""
+
+    def cut(sizes: tuple[int, ...], length: int) -> tuple[int, ...]:
+        minor = math.prod(sizes[1:])
+        return (length // minor, *sizes[1:]) if sizes and length % minor == 0 else ()
+
+    *_, out, contracting = part.qvalue.shape
+    return dataclasses.replace(
+        part,
+        transposed=whole.transposed,
+        out_dims=cut(whole.out_dims, out),
+        in_dims=cut(whole.in_dims, contracting),
+    )
 
 
 def stack_index(view: View, factors: Dim) -> Any:

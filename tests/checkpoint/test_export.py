@@ -270,6 +270,21 @@ class TestParameterTrees:
             "weight_scale_inv": [3, 2],
         }
 
+    def test_several_dimensions_are_one_as_elsewhere(self, tmp_path):
+        rng = np.random.default_rng(0)
+        params = {
+            "query": {"kernel": rng.standard_normal((64, 4, 24), np.float32)},
+            "out": {"kernel": rng.standard_normal((4, 24, 64), np.float32)},
+        }
+        params, _ = jq.quantize_tree(params, CONFIG)
+        stored = builders.load(jq.save_pretrained(params, tmp_path / "tree"))
+        assert {name: shape for name, (_, shape, _) in stored.items()} == {
+            "query.weight": [96, 64],
+            "query.weight_scale_inv": [3, 2],
+            "out.weight": [64, 96],
+            "out.weight_scale_inv": [2, 3],
+        }
+
     def test_a_tree_that_is_not_quantized(self, tmp_path):
         folder = jq.save_pretrained(self.params(), tmp_path / "tree")
         assert config_of(folder) == {}

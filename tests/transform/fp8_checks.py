@@ -24,6 +24,13 @@ def kernel(*shape, seed=0, dtype=jnp.float32, config=BLOCKS):
 
 
 @functools.cache
+def contracting(dims, *shape, seed=0):
+    """A quantized array of which products contract these dimensions, counted from the end."""
+    w = jax.random.normal(jax.random.key(seed), shape)
+    return jq.quantize_tree([w], BLOCKS, rules=[jq.Rule("", contracting=dims)])[0][0]
+
+
+@functools.cache
 def normal(*shape, seed=7, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 

@@ -241,6 +241,15 @@ def test_the_report_of_a_whole_model():
     assert "<td>down/kernel</td>" in report._repr_html_()
 
 
+def test_the_report_of_what_a_library_has_jitted():
+    """Its equations have no line of user code of their own."""
+    w = kernel(64, 64)
+    (leaf,) = fp8_report(lambda w: jax.jit(jnp.linalg.norm)(w) + jnp.var(w), w).leaves
+    assert leaf.matmuls == 0
+    assert leaf.dequantized
+    assert all("test_fp8.py:" in line for _, line, _ in leaf.dequantized)
+
+
 def test_the_report_takes_shapes_and_counts_layers_together():
     layers = [{"kernel": kernel(64, 64)} for _ in range(3)]
     shapes = jax.eval_shape(lambda: layers)

@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fp8_checks import assert_close, assert_each_runs_as_fp8, assert_runs_as_fp8, kernel, normal
+from fp8_checks import (
+    assert_close,
+    assert_each_runs_as_fp8,
+    assert_runs_as_fp8,
+    contracting,
+    kernel,
+    normal,
+)
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
@@ -256,6 +263,50 @@ def test_shard_map_shards_the_blocks():
     assert_runs_as_fp8(tensor_parallel, params, normal(4, 64), matmuls=2)
 
 
+def test_shard_map_shards_heads():
+    def fn(params, x):
+        def body(query, out, x):
+            h = jnp.tanh(jnp.einsum("bk,khd->bhd", x, query))
+            return lax.psum(jnp.einsum("bhd,hdk->bk", h, out), "model")
+
+        specs = (P(None, "model"), P("model"), P("data"))
+        run = jax.shard_map(body, mesh=mesh_2x2(), in_specs=specs, out_specs=P("data"))
+        return run(params["query"], params["out"], x)
+
+    params = {"query": contracting((-3,), 64, 4, 16), "out": contracting((-3, -2), 4, 16, 64)}
+    assert_runs_as_fp8(fn, params, normal(4, 64), matmuls=2)
+
+
+@pytest.mark.filterwarnings("ignore:fp8. quantized, but in no FP8 product")
+def test_the_rule_that_fits_a_use_of_shards_is_that_of_the_whole():
+    def fn(w, x):
+        def body(w, x):
+            return lax.psum(jnp.einsum("bhd,hde->be", x, w), "model")
+
+        specs = (P("model"), P(None, "model"))
+        return jax.shard_map(body, mesh=mesh_2x2(), in_specs=specs, out_specs=P())(w, x)
+
+    w = contracting((-3,), 64, 4, 16)
+    report = assert_runs_as_fp8(fn, w, normal(3, 64, 4), dequantized_leaves=1)
+    assert report.leaves[0].notes.endswith("Rule(contracting=(-3, -2)) fits this use")
+
+
+@pytest.mark.filterwarnings("ignore:fp8. quantized, but in no FP8 product")
+def test_shards_of_what_is_no_major_dimension():
+    def fn(w, x):
+        specs = (P(None, None, "model"), P())
+        return jax.shard_map(
+            lambda w, x: jnp.einsum("bk,khd->bhd", x, w),
+            mesh=mesh_2x2(),
+            in_specs=specs,
+            out_specs=P(None, None, "model"),
+        )(w, x)
+
+    w = contracting((-3,), 64, 4, 16)
+    report = assert_runs_as_fp8(fn, w, normal(4, 64), dequantized_leaves=1)
+    assert report.leaves[0].dequantized[0][2] == "shards of a slice or a reshape of the weight"
+
+
 @pytest.mark.filterwarnings("ignore:fp8. quantized, but in no FP8 product")
 def test_shards_that_cut_blocks_are_dequantized():
     params = {"up": kernel(64, 48), "down": kernel(2, 48, 64)}
@@ -290,6 +341,23 @@ def test_sharded_types_are_those_of_the_program():
         expected, actual = jax.jit(fn)(v, x), jax.jit(fp8(fn, weight_only=True))(w, x)
         assert [jax.typeof(y) for y in actual] == [jax.typeof(y) for y in expected]
         assert_close(actual, expected)
+
+
+def test_sharded_types_of_heads():
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        put = functools.partial(jax.device_put, device=NamedSharding(mesh, P()))
+        x, w = put(X), jax.tree.map(put, contracting((-3,), 64, 4, 16))
+        out = NamedSharding(mesh, P("model"))
+        w = dataclasses.replace(w, qvalue=jax.device_put(w.qvalue, out))
+
+        def fn(w, x):
+            assert jax.typeof(w).sharding.spec == P(None, "model", None)
+            return jnp.einsum("bk,khd->bhd", x, w)
+
+        y = jax.jit(fp8(fn, weight_only=True))(w, x)
+        assert jax.typeof(y).sharding.spec == P(None, "model", None)
+        assert_close(y, jnp.einsum("bk,khd->bhd", X, contracting((-3,), 64, 4, 16).dequantize()))
 
 
 def test_report_counts_the_trips_of_nested_loops():

@@ -52,6 +52,58 @@ def test_a_slice_along_the_blocks_is_no_view_and_a_whole_one_is_the_same():
     assert views.take(view, 2, 0, 48) is view
 
 
+def test_a_slice_of_whole_blocks_is_a_view_of_less_storage():
+    view = views.view_of(kernel(4, 64, 40), 0)  # blocks are 32 in, 16 out
+    for dimension, start, size in [(1, 32, 32), (2, 16, 16), (2, 16, 24)]:
+        piece = views.take(view, dimension, start, size)
+        assert piece is not None
+        assert piece.stored.qvalue.size < view.stored.qvalue.size
+        expected = np.asarray(view.stored.dequantize()).take(range(start, start + size), dimension)
+        np.testing.assert_array_equal(views.dequantize(piece), expected)
+        assert not views.is_whole(piece, view.stored)
+    assert views.take(view, 2, 16, 16, step=2) is None
+    assert views.take(view, 2, jnp.int32(16), 16) is None
+
+
+@pytest.mark.parametrize("dimension", [0, 1, 2])
+@pytest.mark.parametrize("fill", [False, True])
+def test_gather_takes_values_and_scales(dimension, fill):
+    view, index = views.view_of(kernel(4, 64, 40), 0), np.array([3, 0, 63, -1])
+    rows = views.gather(view, dimension, jnp.asarray(index), fill)
+    assert rows is not None
+    w, n = np.asarray(view.stored.dequantize()), view.shape[dimension]
+    expected = np.moveaxis(w.take(index.clip(0, n - 1), dimension), dimension, 0).copy()
+    if fill:
+        expected[(index < 0) | (index >= n)] = np.nan
+    actual = np.moveaxis(np.asarray(views.dequantize(rows)), dimension, 0)
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_a_stack_of_whole_blocks_joins_the_output():
+    view = views.view_of(kernel(6, 4, 64, 32), 0)
+    last = views.take(view, 0, jnp.int32(3), 1)
+    for whole in (view, last):
+        assert whole is not None
+        joined = views.join_stack(whole, whole.dims[1])
+        assert joined.stored.qvalue.shape == (6, 128, 64)
+        assert joined.dims[1:] == (
+            (Factor(OUT, 4, 32),),
+            (Factor(IN, 64, 1),),
+            (Factor(OUT, 32, 1),),
+        )
+        np.testing.assert_array_equal(views.dequantize(joined), views.dequantize(whole))
+
+
+def test_what_is_in_no_whole_blocks_or_not_last_stays_a_stack():
+    cut = views.view_of(kernel(4, 64, 24), 0)
+    assert views.join_stack(cut, cut.dims[0]) is cut
+    view = views.view_of(kernel(6, 4, 64, 32), 0)
+    assert views.join_stack(view, view.dims[0]) is view
+    some = views.take(view, 1, 1, 2)
+    assert some is not None
+    assert views.join_stack(some, some.dims[1]) is some
+
+
 @pytest.mark.parametrize("start", [-3, 0, 2, 9])
 @pytest.mark.parametrize("traced", [False, True])
 def test_starts_are_clamped_as_in_a_dynamic_slice(start, traced):

@@ -1,0 +1,44 @@
+"""Compiles for an H200 on a machine that has no GPU.
+
+Needs jax's CUDA plugin of jax's own version, and nothing of CUDA besides:
+`pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt`. `h200.txtpb` is what XLA's
+`specs/h200.txtpb` says of the GPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+needs_plugin = pytest.mark.skipif(
+    not find_spec("jax_cuda13_plugin"), reason="needs jax-cuda13-plugin, to compile for a GPU"
+)
+
+
+def run_apart(file: str, *args: Any) -> Any:
+    """What `file` prints, as JSON. In another process: the plugin looks for a GPU in this one."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    command = [sys.executable, file, *map(json.dumps, args)]
+    process = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-4000:]
+    return json.loads(process.stdout)
+
+
+def h200() -> Any:
+    """The sharding of what lies on one H200; the kernels take it for the device."""
+    import jax
+    from jax.experimental import topologies
+
+    from jaxquant.matmul import mosaic_gpu
+
+    mosaic_gpu.multiprocessors = lambda x, what: 132
+    spec = (Path(__file__).parent / "matmul" / "h200.txtpb").read_text()
+    topology = topologies.get_topology_desc(platform="cuda", target_config=spec, topology="1x1x1")
+    mesh = topologies.make_mesh(topology, (1,), ("x",))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
