@@ -119,15 +119,41 @@ class DecodeStep:
     """One more token of each sequence of a cache, which has a slot for it.
 
     Attributes:
-      lengths: `[B]` how many slots are filled; the position of the token.
+      lengths: `[B]` how many slots are filled before; the position of the token.
+      filled: `[B]` and with it. Made once: XLA would add in each layer.
     """
 
     lengths: Int[Array, " B"]
+    filled: Int[Array, " B"]
+
+    @staticmethod
+    def of(lengths: Int[Array, " B"]) -> "DecodeStep":
+        """Of sequences with so many filled slots."""
+        return DecodeStep(lengths, lengths + 1)
 
     @property
     def positions(self) -> Int[Array, "B 1"]:
         """Of the tokens."""
         return self.lengths[:, None]
+
+    def append(
+        self,
+        cache: Cache,
+        k: Float[Array, "B 1 H D"],
+        v: Float[Array, "B 1 H Dv"],
+        layer: Any,
+    ) -> Cache:
+        """The cache with the key and the value of each token in one layer."""
+        rows, at = jnp.arange(self.lengths.shape[0]), self.lengths
+
+        def put(stack: Array, new: Array) -> Array:
+            if len(rows) == 1:  # a scatter of one would read what is there, and select
+                return lax.dynamic_update_slice(
+                    stack, new[None, :, 0, :, None], (layer, 0, 0, at[0], 0)
+                )
+            return stack.at[layer, rows, :, at].set(new[:, 0], mode="clip")
+
+        return dataclasses.replace(cache, k=put(cache.k, k), v=put(cache.v, v))
 
     def attend(
         self,
@@ -142,15 +168,9 @@ class DecodeStep:
         softcap: float | None = None,
     ) -> tuple[Float[Array, "B 1 Hq D"], Cache]:
         """See `Forward.attend`; keys and values are written to the cache first."""
-        at = self.lengths
-        rows = jnp.arange(at.shape[0])
-        cache = dataclasses.replace(
-            cache,
-            k=cache.k.at[layer, rows, :, at].set(k[:, 0]),
-            v=cache.v.at[layer, rows, :, at].set(v[:, 0]),
-        )
+        cache = self.append(cache, k, v, layer)
         options: Any = {"window": window, "scale": scale, "softcap": softcap}
-        out = decode_attention(q[:, 0], cache.k, cache.v, layer, at + 1, **options)
+        out = decode_attention(q[:, 0], cache.k, cache.v, layer, self.filled, **options)
         return out[:, None], cache
 
 

@@ -103,7 +103,7 @@ class Decoder(nnx.Module):
           Logits of these tokens, and the cache.
         """
         lengths = cache.lengths
-        x, cache = self._run(tokens[:, None], DecodeStep(lengths), cache)
+        x, cache = self._run(tokens[:, None], DecodeStep.of(lengths), cache)
         return self.head(x[:, 0]), dataclasses.replace(cache, lengths=lengths + 1)
 
     def _run(
@@ -118,19 +118,22 @@ class Decoder(nnx.Module):
                 pattern = kinds[first + start :][:period]
 
                 def piece(
+                    i: Array,
                     carry: tuple,
-                    l: Array,
                     layers: Any = layers,
                     first: int = first,
+                    start: int = start,
                     pattern: tuple = pattern,
-                ) -> tuple[tuple, None]:
+                ) -> tuple:
                     x, cache = carry
+                    l = start + len(pattern) * i
                     for j, kind in enumerate(pattern):
                         how = () if kind is None else (kind,)
                         x, cache = layers(x, l + j, tokens, cache, first + l + j, *how)
-                    return (x, cache), None
+                    return x, cache
 
-                carry, _ = lax.scan(piece, carry, start + period * jnp.arange(count))
+                # Not a scan over an arange, from which XLA takes the number in a kernel of its own.
+                carry = lax.fori_loop(0, count, piece, carry)
         return carry
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T K"]:

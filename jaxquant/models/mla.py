@@ -220,9 +220,4 @@ def _store(
             k=lax.dynamic_update_slice(cache.k, latents[None, :, None], start),
             v=lax.dynamic_update_slice(cache.v, k_rope[None, :, None], start),
         )
-    rows, at = jnp.arange(latents.shape[0]), tokens.lengths
-    return dataclasses.replace(
-        cache,
-        k=cache.k.at[layer, rows, 0, at].set(latents[:, 0]),
-        v=cache.v.at[layer, rows, 0, at].set(k_rope[:, 0]),
-    )
+    return tokens.append(cache, latents[:, :, None], k_rope[:, :, None], layer)

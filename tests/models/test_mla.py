@@ -92,7 +92,7 @@ def test_a_decode_step_is_the_last_token_of_a_prefill(q_rank, scheme, tolerance)
 
     @jax.jit
     def decode(cache):
-        return module(x[:, -1:], 1, DecodeStep(jnp.full(B, T - 1)), cache, 1, kind)
+        return module(x[:, -1:], 1, DecodeStep.of(jnp.full(B, T - 1)), cache, 1, kind)
 
     (whole, _), (short, cache) = prefill(T), prefill(T - 1)
     step, _ = decode(cache)

@@ -1,0 +1,133 @@
+"""What the compiler makes of a Llama for an H200: which kernels run, and no copies of the large."""
+
+import json
+import math
+import re
+
+import pytest
+from hopper import h200, needs_plugin, run_apart
+
+pytestmark = needs_plugin
+
+HIDDEN, WIDE, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB, SLOTS = 1024, 2816, 8, 2, 128, 3, 512, 512
+# The keys of one sequence, less than any stack of weights; activations are smaller.
+LARGE = LAYERS * KV_HEADS * SLOTS * HEAD_DIM
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return run_apart(__file__)
+
+
+def kernels(hlo: str) -> dict[str, int]:
+    """The package's kernels, and how often each stands in the program."""
+    names = re.findall(r"custom-call\([^\n]*?(jaxquant_\w+)", hlo)
+    return {name: names.count(name) for name in sorted(set(names))}
+
+
+def test_a_decode_step_of_one_token_is_five_products_and_attention(compiled):
+    assert kernels(compiled["decode 1"]) == {
+        "jaxquant_decode_attention": 1,
+        "jaxquant_gemv_fp8": 5,
+        "jaxquant_quantize_token": 1,
+    }
+
+
+def test_a_layer_of_a_decode_step_is_ten_launches(compiled):
+    (body,) = (
+        part
+        for part in re.split(r"\n(?=%|ENTRY)", compiled["decode 1"])
+        if "jaxquant_decode_attention" in part
+    )
+    launches = re.findall(r"= .+? (?:fusion|custom-call|copy|scatter|dot|reduce)\(", body)
+    # Four products, SiLU, attention; queries rotated, key and value stored, the layer counted.
+    assert len(launches) == 10
+
+
+@pytest.mark.parametrize("program", ["decode 1", "decode 16", "prefill"])
+def test_no_stack_of_weights_and_no_cache_is_copied(compiled, program):
+    instructions = re.findall(r"= (\w+)\[([\d,]*)\]\S* ([\w-]+)\(", compiled[program])
+    large = {
+        (dtype, opcode)
+        for dtype, shape, opcode in instructions
+        if math.prod(int(n) for n in shape.split(",") if n) >= LARGE
+    }
+    assert {opcode for dtype, opcode in large if dtype == "f8e4m3fn"} <= {
+        "parameter", "bitcast", "get-tuple-element"
+    }  # fmt: skip
+    assert "copy" not in {opcode for _, opcode in large}
+
+
+def compile_all() -> dict[str, str]:
+    import jax
+    import jax.numpy as jnp
+
+    import jaxquant as jq
+    from jaxquant.array import QuantizedArray
+    from jaxquant.attention import mosaic_gpu
+    from jaxquant.blocked import grid_shape
+    from jaxquant.models.attention import Cache
+    from jaxquant.models.hf_config import HFConfig
+    from jaxquant.models.layers import Stack
+    from jaxquant.models.registry import Family
+
+    sharding = h200()
+    mosaic_gpu.multiprocessors = lambda x, what: 132
+    config = jq.QuantConfig()
+    family = Family(
+        HFConfig(
+            {
+                "architectures": ["LlamaForCausalLM"],
+                "hidden_size": HIDDEN,
+                "intermediate_size": WIDE,
+                "num_hidden_layers": LAYERS,
+                "num_attention_heads": HEADS,
+                "num_key_value_heads": KV_HEADS,
+                "head_dim": HEAD_DIM,
+                "vocab_size": VOCAB,
+                "max_position_embeddings": SLOTS,
+            }
+        )
+    )
+
+    def shaped(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def parameter(path, leaf):
+        if not re.search("_proj|lm_head", jax.tree_util.keystr(path)):
+            return shaped(leaf.shape, leaf.dtype)
+        *lead, N, K = leaf.shape
+        grid = grid_shape((N, K), config.weight_block_size)
+        return QuantizedArray(
+            shaped(leaf.shape, config.fmt_dtype),
+            shaped((*lead, *grid), jnp.float32),
+            block_size=config.weight_block_size,
+            dtype=jnp.dtype(leaf.dtype),
+        )
+
+    model = family.abstract_model(jnp.bfloat16, [Stack(range(LAYERS), row_alignment=128)])
+    model = jax.tree_util.tree_map_with_path(parameter, model)
+
+    def cache(B):
+        kv = shaped((LAYERS, B, KV_HEADS, SLOTS, HEAD_DIM), jnp.bfloat16)
+        return Cache(kv, kv, shaped((B,), jnp.int32))
+
+    def text(run, *args):
+        return jax.jit(run, donate_argnums=len(args) - 1).lower(*args).compile().as_text()
+
+    def decode(model, tokens, cache):
+        return model.decode(tokens, cache)
+
+    def prefill(model, tokens, lengths, cache):
+        return model.prefill(tokens, lengths, cache)
+
+    return {
+        **{f"decode {B}": text(decode, model, shaped((B,), jnp.int32), cache(B)) for B in (1, 16)},
+        "prefill": text(
+            prefill, model, shaped((1, 256), jnp.int32), shaped((1,), jnp.int32), cache(1)
+        ),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all()))
