@@ -20,11 +20,11 @@ needs_plugin = pytest.mark.skipif(
 )
 
 
-def run_apart(file: str, *args: Any) -> Any:
+def run_apart(file: str) -> Any:
     """What `file` prints, as JSON. In another process: the plugin looks for a GPU in this one."""
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-    command = [sys.executable, file, *map(json.dumps, args)]
+    command = [sys.executable, file]
     process = subprocess.run(command, env=env, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-4000:]
     return json.loads(process.stdout)
@@ -35,9 +35,10 @@ def h200() -> Any:
     import jax
     from jax.experimental import topologies
 
-    from jaxquant.matmul import mosaic_gpu
+    from jaxquant.attention import mosaic_gpu as attention
+    from jaxquant.matmul import mosaic_gpu as matmul
 
-    mosaic_gpu.multiprocessors = lambda x, what: 132
+    matmul.multiprocessors = attention.multiprocessors = lambda x, what: 132
     spec = (Path(__file__).parent / "matmul" / "h200.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", target_config=spec, topology="1x1x1")
     mesh = topologies.make_mesh(topology, (1,), ("x",))

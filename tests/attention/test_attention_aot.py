@@ -1,20 +1,11 @@
-"""The Hopper kernel compiles for an H200, on a machine that has no GPU.
-
-Needs what `tests/matmul/test_aot.py` needs.
-"""
+"""The decode attention kernel compiles for an H200; see `tests/hopper.py`."""
 
 import json
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+from hopper import h200, needs_plugin, run_apart
 
-pytestmark = pytest.mark.skipif(
-    not find_spec("jax_cuda13_plugin"), reason="needs jax-cuda13-plugin, to compile for a GPU"
-)
+pytestmark = needs_plugin
 
 # B, H, G, S, D, window, softcap
 SHAPES = [
@@ -32,13 +23,7 @@ SHAPES = [
 
 @pytest.fixture(scope="module")
 def compiled():
-    """The program of each shape. From another process: the plugin looks for a GPU in this one."""
-    path = os.pathsep.join(sys.path)
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-    command = [sys.executable, __file__, json.dumps(SHAPES)]
-    process = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-4000:]
-    return json.loads(process.stdout)
+    return run_apart(__file__)
 
 
 @pytest.mark.parametrize(("shape", "i"), [(s, i) for i, s in enumerate(SHAPES)])
@@ -49,18 +34,13 @@ def test_attention_compiles_and_copies_no_cache(compiled, shape, i):
     assert not [line for line in compiled[i].splitlines() if "copy(" in line]
 
 
-def compile_for_h200(shapes: list) -> list[str | None]:
+def compile_all() -> list[str | None]:
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
 
-    from jaxquant.attention import decode_attention, mosaic_gpu
+    from jaxquant.attention import decode_attention
 
-    mosaic_gpu.multiprocessors = lambda q, what: 132
-    spec = (Path(__file__).parents[1] / "matmul" / "h200.txtpb").read_text()
-    topology = topologies.get_topology_desc(platform="cuda", target_config=spec, topology="1x1x1")
-    mesh = topologies.make_mesh(topology, (1,), ("x",))
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    sharding = h200()
 
     def compile_shape(B, H, G, S, D, window, softcap):
         def attend(q, k, v, layer, lengths):
@@ -70,11 +50,11 @@ def compile_for_h200(shapes: list) -> list[str | None]:
 
         cache = (2, B, H, S, D), jnp.bfloat16
         operands = [((B, H * G, D), jnp.bfloat16), cache, cache, ((), "int32"), ((B,), "int32")]
-        args = [jax.ShapeDtypeStruct(*o, sharding=replicated) for o in operands]
+        args = [jax.ShapeDtypeStruct(*o, sharding=sharding) for o in operands]
         return jax.jit(attend).lower(*args).compile().as_text()
 
-    return [compile_shape(*s) for s in shapes]
+    return [compile_shape(*s) for s in SHAPES]
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_for_h200(json.loads(sys.argv[1]))))
+    print(json.dumps(compile_all()))

@@ -1,22 +1,11 @@
-"""The Hopper kernels compile for an H200, on a machine that has no GPU.
-
-Needs jax's CUDA plugin of jax's own version, and nothing of CUDA besides:
-`pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt`. `h200.txtpb` is what XLA's
-`specs/h200.txtpb` says of the GPU.
-"""
+"""Products compile for an H200, each with its kernels; see `tests/hopper.py`."""
 
 import json
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+from hopper import h200, needs_plugin, run_apart
 
-pytestmark = pytest.mark.skipif(
-    not find_spec("jax_cuda13_plugin"), reason="needs jax-cuda13-plugin, to compile for a GPU"
-)
+pytestmark = needs_plugin
 
 # M, N, K, x, y, prologue, and the kernels
 PRODUCTS = [
@@ -37,13 +26,7 @@ PRODUCTS = [
 
 @pytest.fixture(scope="module")
 def compiled():
-    """The program of each product. From another process: the plugin looks for a GPU in this one."""
-    path = os.pathsep.join(sys.path)
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-    command = [sys.executable, __file__, json.dumps(PRODUCTS)]
-    process = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-4000:]
-    return json.loads(process.stdout)
+    return run_apart(__file__)
 
 
 @pytest.mark.parametrize(("product", "i"), [(p, i) for i, p in enumerate(PRODUCTS)])
@@ -53,20 +36,15 @@ def test_a_product_compiles(compiled, product, i):
     assert ("jaxquant_quantize" in compiled[i]) == (len(product[-1]) > 1)
 
 
-def compile_for_h200(products: list) -> list[str | None]:
+def compile_all() -> list[str | None]:
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from jax.experimental import topologies
 
     from jaxquant.array import QuantizedArray
     from jaxquant.matmul import RMSNorm, SiluMul, mosaic_gpu
 
-    mosaic_gpu.multiprocessors = lambda x, what: 132
-    spec = (Path(__file__).parent / "h200.txtpb").read_text()
-    topology = topologies.get_topology_desc(platform="cuda", target_config=spec, topology="1x1x1")
-    mesh = topologies.make_mesh(topology, (1,), ("x",))
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    sharding = h200()
 
     def compile_product(M, N, K, x_dtype, out_dtype, name, _):
         def product(x, qvalue, scale, layer, norm, bias, residual):
@@ -84,11 +62,11 @@ def compile_for_h200(products: list) -> list[str | None]:
             ((2, N), out_dtype),
             ((M, N), out_dtype),
         ]
-        args = [jax.ShapeDtypeStruct(*o, sharding=replicated) for o in operands]
+        args = [jax.ShapeDtypeStruct(*o, sharding=sharding) for o in operands]
         return jax.jit(product).lower(*args).compile().as_text()
 
-    return [compile_product(*p) for p in products]
+    return [compile_product(*p) for p in PRODUCTS]
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_for_h200(json.loads(sys.argv[1]))))
+    print(json.dumps(compile_all()))

@@ -1,17 +1,11 @@
-"""Every tile of the prefill kernel compiles for an H200; see `test_aot.py`."""
+"""Every tile of the prefill kernel compiles for an H200; see `tests/hopper.py`."""
 
 import json
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+from hopper import h200, needs_plugin, run_apart
 
-pytestmark = pytest.mark.skipif(
-    not find_spec("jax_cuda13_plugin"), reason="needs jax-cuda13-plugin, to compile for a GPU"
-)
+pytestmark = needs_plugin
 
 # M, N, K, result, tile_m, cluster, tile_n
 GEMMS = [
@@ -33,13 +27,7 @@ GEMMS = [
 
 @pytest.fixture(scope="module")
 def compiled():
-    """The program of each product. From another process: the plugin looks for a GPU in this one."""
-    path = os.pathsep.join(sys.path)
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-    command = [sys.executable, __file__, json.dumps(GEMMS)]
-    process = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-4000:]
-    return json.loads(process.stdout)
+    return run_apart(__file__)
 
 
 @pytest.mark.parametrize(("gemm", "i"), [(g, i) for i, g in enumerate(GEMMS)])
@@ -47,16 +35,12 @@ def test_a_tile_compiles(compiled, gemm, i):
     assert "jaxquant_gemm_fp8" in compiled[i]
 
 
-def compile_for_h200(gemms: list) -> list[str]:
+def compile_all() -> list[str]:
     import jax
-    from jax.experimental import topologies
 
     from jaxquant.matmul import gemm_sm90
 
-    spec = (Path(__file__).parent / "h200.txtpb").read_text()
-    topology = topologies.get_topology_desc(platform="cuda", target_config=spec, topology="1x1x1")
-    mesh = topologies.make_mesh(topology, (1,), ("x",))
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    sharding = h200()
 
     def compile_gemm(M, N, K, out_dtype, tile_m, cluster, tile_n):
         config = gemm_sm90.Config(tile_m, cluster, tile_n)
@@ -67,14 +51,14 @@ def compile_for_h200(gemms: list) -> list[str]:
             ((2, -(-N // 128), -(-K // 128)), "float32"),
             ((1,), "int32"),
         ]
-        args = [jax.ShapeDtypeStruct(*o, sharding=replicated) for o in operands]
+        args = [jax.ShapeDtypeStruct(*o, sharding=sharding) for o in operands]
         gemm = jax.jit(
             lambda *args: gemm_sm90.gemm(*args, out_dtype=out_dtype, config=config, sms=132)
         )
         return gemm.lower(*args).compile().as_text()
 
-    return [compile_gemm(*g) for g in gemms]
+    return [compile_gemm(*g) for g in GEMMS]
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_for_h200(json.loads(sys.argv[1]))))
+    print(json.dumps(compile_all()))

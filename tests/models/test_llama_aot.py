@@ -64,7 +64,6 @@ def compile_all() -> dict[str, str]:
 
     import jaxquant as jq
     from jaxquant.array import QuantizedArray
-    from jaxquant.attention import mosaic_gpu
     from jaxquant.blocked import grid_shape
     from jaxquant.models.attention import Cache
     from jaxquant.models.hf_config import HFConfig
@@ -72,7 +71,6 @@ def compile_all() -> dict[str, str]:
     from jaxquant.models.registry import Family
 
     sharding = h200()
-    mosaic_gpu.multiprocessors = lambda x, what: 132
     config = jq.QuantConfig()
     family = Family(
         HFConfig(
