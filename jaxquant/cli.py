@@ -75,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("source", metavar="SRC", help="a checkpoint folder or hub id")
     quantize.add_argument("directory", metavar="DST", type=Path, help="the folder to write")
     _add_config(quantize)
+    quantize.add_argument("--layout", choices=("fp8", "compressed-tensors"), default="fp8",
+                          help="of names and config.json")  # fmt: skip
     quantize.add_argument("--max-shard-size", type=_size, default=5 * 1024**3, metavar="SIZE",
                           help="of a file: 2GB, 500MB (default 5GiB)")  # fmt: skip
     quantize.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DST")
@@ -220,6 +222,7 @@ def _quantize(args: argparse.Namespace) -> None:
         max_shard_bytes=args.max_shard_size,
         overwrite=args.overwrite,
         resume=args.resume,
+        layout=args.layout,
     )
     _show(report, args)
     if not args.json:

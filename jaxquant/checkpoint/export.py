@@ -17,6 +17,7 @@ import jaxquant
 from jaxquant import blocked
 from jaxquant.array import QuantizedArray
 from jaxquant.blocked import grid_shape
+from jaxquant.checkpoint import compressed
 from jaxquant.checkpoint.folder import CheckpointFolder
 from jaxquant.checkpoint.plan import Item, Plan, make_plan
 from jaxquant.checkpoint.progress import Progress
@@ -30,6 +31,7 @@ from jaxquant.models.registry import Family, places
 from jaxquant.report import QuantReport, TensorReport
 from jaxquant.tree import path_name
 
+LAYOUTS = ("fp8", "compressed-tensors")
 _SCALE_SUFFIX = "_scale_inv"  # DeepSeek's name; the scale is a multiplier all the same
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
@@ -42,6 +44,7 @@ def quantize_checkpoint(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     resume: bool = False,
+    layout: str = "fp8",
     progress: bool | None = None,
 ) -> QuantReport:
     """Quantizes a checkpoint on disk to blocked FP8, as a stream.
@@ -58,15 +61,21 @@ def quantize_checkpoint(
       overwrite: replace what is at `directory`.
       resume: keep the shards that an earlier run of the same export finished before it was killed
         or failed; if this one fails, keep its own for the next. The bytes are those of one run.
+      layout: "fp8", as DeepSeek-V3 and transformers have it, or "compressed-tensors".
       progress: whether to show a bar; None shows it on a terminal.
 
     Returns:
       The report of the tensors that this run quantized.
 
     Raises:
+      JaxquantError: another layout, or one that has no words for the config.
       CheckpointError: a source that cannot be quantized, a full disk, NaN or Inf, by name.
     """
     config = config or QuantConfig()
+    if layout not in LAYOUTS:
+        raise JaxquantError(f"layout is {layout!r}; allowed: {', '.join(LAYOUTS)}")
+    if layout == "compressed-tensors":
+        compressed.check_layout(config)
     with CheckpointFolder(source) as folder:
         plan = make_plan(folder, config)
         if plan.stored:
@@ -76,10 +85,17 @@ def quantize_checkpoint(
             Progress(f"Quantizing {folder.path.name}", total, progress) as bar,
             contextlib.closing(QuantizedTensors(folder, plan, bar, "write")) as tensors,
         ):
+            sources = tensors.sources()
+            hf_config = _with_quantization(_as_loaded(folder.config), config, _kept(plan))
+            if layout == "compressed-tensors":
+                kept = hf_config["quantization_config"]["modules_to_not_convert"]
+                quantization = compressed.quantization_config(config, kept)
+                sources = compressed.renamed(sources)
+                hf_config = {**hf_config, "quantization_config": quantization}
             write_folder(
                 directory,
-                tensors.sources(),
-                config=_with_quantization(_as_loaded(folder.config), config, _kept(plan)),
+                sources,
+                config=hf_config,
                 files=folder.other_files(),
                 max_shard_bytes=max_shard_bytes,
                 overwrite=overwrite,

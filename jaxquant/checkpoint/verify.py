@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxquant.checkpoint import compressed
 from jaxquant.checkpoint.export import QuantizedTensors
 from jaxquant.checkpoint.folder import CheckpointFolder
 from jaxquant.checkpoint.plan import make_plan
@@ -46,6 +47,9 @@ def verify(
             contextlib.closing(QuantizedTensors(folder, plan, bar, "compare")) as tensors,
         ):
             sources = tensors.sources()
+            fields = exported.config.get("quantization_config", {})
+            if fields.get("quant_method") == "compressed-tensors":
+                sources = compressed.renamed(sources)
             names = {expected.name for expected in sources}
             for name in exported.names:
                 if name not in names:

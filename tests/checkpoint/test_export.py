@@ -17,6 +17,8 @@ from builders import BLOCK, is_projection
 from flax import nnx
 
 import jaxquant as jq
+from jaxquant.checkpoint.folder import CheckpointFolder
+from jaxquant.checkpoint.verify import verify
 from jaxquant.errors import CheckpointError, JaxquantError
 
 CONFIG = jq.QuantConfig(weight_block_size=builders.BLOCKS)
@@ -98,6 +100,48 @@ def test_the_report_says_what_it_took(tmp_path, source):
     assert timing is not None
     assert timing.stages.keys() == {"read", "transfer", "convert", "quantize", "write"}
     assert timing.nbytes == sum(w.nbytes for w in builders.tensors().values())
+
+
+def test_compressed_tensors(tmp_path, source):
+    jq.quantize_checkpoint(source, tmp_path / "fp8", CONFIG)
+    jq.quantize_checkpoint(source, tmp_path / "ct", CONFIG, layout="compressed-tensors")
+    a, b = (CheckpointFolder(tmp_path / name) for name in ("fp8", "ct"))
+    names = {name: name.replace("_scale_inv", "_scale") for name in a.names}
+    assert set(names.values()) == set(b.names)
+    for name, other in names.items():
+        assert a.read(name).tobytes() == b.read(other).tobytes()
+    fields = b.config["quantization_config"]
+    weights = fields["config_groups"]["group_0"]["weights"]
+    assert (weights["strategy"], weights["block_structure"]) == ("block", list(builders.BLOCKS))
+    assert fields["ignore"] == a.config["quantization_config"]["modules_to_not_convert"]
+    tokens = np.arange(8, dtype=np.int32)[None]
+    model = jq.from_pretrained(tmp_path / "ct")
+    assert model.quant_config == CONFIG
+    assert np.array_equal(model(tokens), jq.from_pretrained(tmp_path / "fp8")(tokens))
+    verify(source, tmp_path / "ct")
+
+
+@pytest.mark.parametrize(
+    ("layout", "config", "message"),
+    [
+        ("gguf", CONFIG, "layout is 'gguf'; allowed: fp8, compressed-tensors"),
+        (
+            "compressed-tensors",
+            dataclasses.replace(CONFIG, fmt="e5m2"),
+            "layout 'compressed-tensors': fmt is 'e5m2'; allowed: 'e4m3'; take layout 'fp8'",
+        ),
+        (
+            "compressed-tensors",
+            dataclasses.replace(CONFIG, scale_fmt="ue8m0"),
+            "layout 'compressed-tensors': scale_fmt is 'ue8m0'; allowed: None; take layout 'fp8'",
+        ),
+    ],
+)
+def test_a_layout_that_is_not_written(tmp_path, source, layout, config, message):
+    with pytest.raises(JaxquantError) as caught:
+        jq.quantize_checkpoint(source, tmp_path / "out", config, layout=layout)
+    assert str(caught.value) == message
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_kept_is_written_with_full_paths(tmp_path, source):
