@@ -1,4 +1,4 @@
-"""Products with experts compile for an H200, each tile of rows by a kernel; see `tests/hopper.py`."""
+"""Products with experts compile for an H200, every tile by a kernel; see `tests/hopper.py`."""
 
 import json
 import math
