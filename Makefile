@@ -40,9 +40,7 @@ test-lowest: $(VENV)/lowest/.done ## run the core tests with the lowest allowed 
 	@$(VENV)/lowest/bin/python -m pytest tests --ignore tests/demo -p no:cacheprovider
 
 test-kernels: $(VENV)/kernels/.done ## compile the GPU kernels for an H200; needs no GPU
-	@$(VENV)/kernels/bin/python -m pytest tests/matmul/test_aot.py tests/matmul/test_gemm_aot.py tests/matmul/test_grouped_aot.py \
-		tests/attention/test_attention_aot.py tests/transform/test_hlo.py \
-		tests/models/test_llama_aot.py
+	@$(VENV)/kernels/bin/python -m pytest tests/*/test_*aot.py tests/transform/test_hlo.py
 
 test-models: $(VENV)/models/.done ## run transformers that other people wrote, in FP8
 	@$(VENV)/models/bin/python -m pytest tests/transform/test_third_party.py

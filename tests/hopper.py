@@ -33,6 +33,12 @@ def run_apart(file: str) -> Any:
 def h200() -> Any:
     """The sharding of what lies on one H200; the kernels take it for the device."""
     import jax
+
+    return jax.sharding.NamedSharding(h200s(1), jax.sharding.PartitionSpec())
+
+
+def h200s(n: int) -> Any:
+    """A mesh of n of them, its axis "x"."""
     from jax.experimental import topologies
 
     from jaxquant.attention import mosaic_gpu as attention
@@ -40,6 +46,7 @@ def h200() -> Any:
 
     matmul.multiprocessors = attention.multiprocessors = lambda x, what: 132
     spec = (Path(__file__).parent / "matmul" / "h200.txtpb").read_text()
-    topology = topologies.get_topology_desc(platform="cuda", target_config=spec, topology="1x1x1")
-    mesh = topologies.make_mesh(topology, (1,), ("x",))
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=spec, topology=f"1x1x{n}"
+    )
+    return topologies.make_mesh(topology, (n,), ("x",))

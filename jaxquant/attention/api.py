@@ -1,5 +1,6 @@
 """`decode_attention`: checks the operands and picks an implementation."""
 
+import logging
 import math
 from typing import Any
 
@@ -9,6 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxquant.attention import mosaic_gpu, xla
 from jaxquant.errors import JaxquantError
+
+_logger = logging.getLogger(__name__)
 
 # Tried in this order. One that cannot run raises NotImplementedError with the reason; the plain
 # XLA reference runs anywhere, so it is last.
@@ -76,11 +79,14 @@ def decode_attention(
     if implementation is not None:
         return IMPLEMENTATIONS[implementation](q, k, v, layer, lengths, **options)
     reasons = []
-    for run in IMPLEMENTATIONS.values():
+    for name, run in IMPLEMENTATIONS.items():
         try:
-            return run(q, k, v, layer, lengths, **options)
+            y = run(q, k, v, layer, lengths, **options)
         except NotImplementedError as reason:
             reasons.append(str(reason))
+        else:
+            _logger.debug("attention of q %s to k %s: %s", list(q.shape), list(k.shape), name)
+            return y
     raise NotImplementedError("; ".join(reasons))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from typing import Any
 
 import jax
@@ -13,6 +14,8 @@ from jaxquant.array import QuantizedArray
 from jaxquant.errors import JaxquantError
 from jaxquant.matmul import mosaic_gpu, xla
 from jaxquant.matmul.prologue import Prologue
+
+_logger = logging.getLogger(__name__)
 
 # Tried in this order. One that cannot run raises NotImplementedError with the reason; the plain
 # XLA reference runs anywhere, so it is last.
@@ -85,11 +88,14 @@ def _quantized_matmul(
     if implementation is not None:
         return IMPLEMENTATIONS[implementation](x, w, layer, out_dtype, *around)
     reasons = []
-    for run in IMPLEMENTATIONS.values():
+    for name, run in IMPLEMENTATIONS.items():
         try:
-            return run(x, w, layer, out_dtype, *around)
+            y = run(x, w, layer, out_dtype, *around)
         except NotImplementedError as reason:
             reasons.append(str(reason))
+        else:
+            _logger.debug("matmul of x %s and w %s: %s", list(x.shape), list(w.qvalue.shape), name)
+            return y
     raise NotImplementedError("; ".join(reasons))
 
 

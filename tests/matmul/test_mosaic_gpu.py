@@ -353,6 +353,24 @@ def test_a_cpu_is_refused_and_noted_once(caplog):
     assert [r.getMessage() for r in caplog.records] == [f"{message}: FP8 products run through XLA"]
 
 
+def test_a_debug_log_says_which_runs(hopper, caplog):
+    x, w = tokens((2, 128)), weight((64, 128))
+    with caplog.at_level(logging.DEBUG, logger="jaxquant.matmul.api"):
+        matmul(x, w)
+        matmul(x, dataclasses.replace(w, activation_scheme=None))
+    names = ["mosaic_gpu", "xla"]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"matmul of x [2, 128] and w [64, 128]: {name}" for name in names
+    ]
+
+
+def test_donated_tokens(hopper):
+    x, w = tokens((8, 128)), weight((128, 128))
+    expected = np.asarray(matmul(x, w))
+    product = jax.jit(matmul, donate_argnums=0)
+    np.testing.assert_array_equal(product(x, w), expected)
+
+
 def test_matmul_prefers_the_kernels_and_falls_back_to_xla(hopper, monkeypatch):
     x, w = tokens((2, 128)), weight((64, 128))
     np.testing.assert_array_equal(matmul(x, w), matmul(x, w, implementation="mosaic_gpu"))
