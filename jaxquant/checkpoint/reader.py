@@ -148,8 +148,8 @@ class SafetensorsFile:
         """
         info = self.tensors[name]
         whole = info.shape
-        if flat and whole:
-            whole = (math.prod(whole[:-1]), whole[-1]) if len(whole) > 1 else whole
+        if flat and len(whole) > 1:
+            whole = (math.prod(whole[:-1]), whole[-1])
         start, stop, _ = rows.indices(whole[0] if whole else 1)
         shape = (stop - start, *whole[1:]) if whole else ()
         width = math.prod(whole[1:]) * info.dtype.itemsize
