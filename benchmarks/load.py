@@ -2,12 +2,14 @@
 
     python benchmarks/load.py DIR [DIR ...] [--synthetic GB] [--save]
 
-Each load runs in a process of its own, with the files in the page cache, compilation included.
+Each load runs in a process of its own, with the files in the page cache, compilation included;
+`again` is a second load in that process, with all compiled.
 `CPU s/GB` is processor time, which other programs on the machine change less than `seconds`.
-Memory is counted above what the process had after
-importing jaxquant and starting JAX: `peak` is the highest resident size (VmHWM, mapped files
-included), `anonymous` the highest RssAnon seen by a thread that looks every 2 ms. The bound for
-FP8 is: FP8 model + largest layer in BF16 + 300 MB.
+Memory is counted above what the process had after importing jaxquant and starting JAX: `peak` is
+the highest resident size (VmHWM, mapped files included), `anonymous` the highest RssAnon seen by a
+thread that looks every 2 ms, `device` the most that was allocated on a GPU. The bound for FP8 is:
+FP8 model + largest layer in BF16 + 300 MB on a CPU, FP8 model + 1 GiB of a GPU's memory.
+Synthetic checkpoints of 8 GB and more have the matrices of an 8B Llama; TMPDIR says where they go.
 """
 
 import argparse
@@ -51,18 +53,31 @@ def measure(path: str, mode: str) -> dict:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start, cpu = time.perf_counter(), time.process_time()
     config = jq.QuantConfig() if mode == "fp8" else None
-    model = jax.block_until_ready(jq.from_pretrained(path, config).module) and None
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    del model
+
+    def load() -> float:
+        start = time.perf_counter()
+        model = jq.from_pretrained(path, config)
+        jax.block_until_ready(model.module)
+        seconds = time.perf_counter() - start
+        print(mode, f"{seconds:.2f} s:", model.report.timing, file=sys.stderr)
+        return seconds
+
+    cpu = time.process_time()
+    seconds = load()
+    cpu = time.process_time() - cpu
+    peak, peak_of_first = memory("VmHWM") - base, peak_anonymous[0]
+    again = load()
     done.set()
     watcher.join()
+    stats = jax.devices()[0].memory_stats() or {}
     return {
         "seconds": seconds,
+        "again": again,
         "cpu": cpu,
-        "peak": memory("VmHWM") - base,
-        "anonymous": peak_anonymous[0] - base_anonymous,
+        "peak": peak,
+        "anonymous": peak_of_first - base_anonymous,
+        "device": stats.get("peak_bytes_in_use"),
     }
 
 
@@ -75,8 +90,9 @@ def synthetic(directory: Path, gigabytes: float) -> Path:
     from jaxquant.models.hf_config import HFConfig
     from jaxquant.models.registry import Family
 
-    hidden, mlp, vocab = 2048, 8192, 32768
-    per_layer = 2 * (2 * hidden * hidden + 2 * hidden * 512 + 3 * hidden * mlp)
+    hidden, mlp, vocab = (4096, 14336, 128256) if gigabytes >= 8 else (2048, 8192, 32768)
+    kv_heads = hidden // 512
+    per_layer = 2 * (2 * hidden * hidden + 2 * hidden * kv_heads * 128 + 3 * hidden * mlp)
     layers = max(1, round((gigabytes * 1e9 - 2 * hidden * vocab) / per_layer))
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -85,8 +101,8 @@ def synthetic(directory: Path, gigabytes: float) -> Path:
         "intermediate_size": mlp,
         "vocab_size": vocab,
         "num_hidden_layers": layers,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
+        "num_attention_heads": hidden // 128,
+        "num_key_value_heads": kv_heads,
         "head_dim": 128,
         "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
@@ -143,7 +159,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("paths", nargs="*", metavar="DIR")
     parser.add_argument("--synthetic", type=float, metavar="GB")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/load.md")
+    parser.add_argument(
+        "--save", nargs="?", const="load", metavar="NAME", help="write benchmarks/results/NAME.md"
+    )
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -157,28 +175,33 @@ def main() -> None:
     print("\n".join(lines))
     if args.save:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "load.md").write_text("\n".join(lines) + "\n")
+        (RESULTS / f"{args.save}.md").write_text("\n".join(lines) + "\n")
 
 
 def table(paths: list[str]) -> list[str]:
     lines = [
         machine(),
         "",
-        "| checkpoint | mode | seconds | BF16 GB/s | CPU s/GB | peak MB | anonymous MB "
-        "| FP8 model MB | bound MB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| checkpoint | mode | seconds | BF16 GB/s | again | BF16 GB/s | CPU s/GB | peak MB "
+        "| anonymous MB | device MB | FP8 model MB | bound MB |",
+        "|---" * 12 + "|",
     ]
     for path in paths:
         fp8, limit = bound(path)
         for mode in ("bf16", "fp8"):
             size = cache(path)
             command = [sys.executable, __file__, "--measure", path, mode]
-            out = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+            run = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+            out = json.loads(run.stdout)
+            rates = (f"{out[k]:.2f} | {size / out[k] / 1e9:.2f}" for k in ("seconds", "again"))
+            device = out["device"]
+            bounds = f"{fp8 / 1e6:.0f} | {(fp8 + 2**30 if device else limit) / 1e6:.0f}"
             lines.append(
-                f"| {Path(path).name} ({size / 1e6:.0f} MB) | {mode} | {out['seconds']:.2f} "
-                f"| {size / out['seconds'] / 1e9:.2f} | {out['cpu'] / size * 1e9:.2f} "
+                f"| {Path(path).name} ({size / 1e6:.0f} MB) | {mode} | {' | '.join(rates)} "
+                f"| {out['cpu'] / size * 1e9:.2f} "
                 f"| {out['peak'] / 1e6:.0f} | {out['anonymous'] / 1e6:.0f} "
-                + (f"| {fp8 / 1e6:.0f} | {limit / 1e6:.0f} |" if mode == "fp8" else "| | |")
+                f"| {f'{device / 1e6:.0f}' if device else ''} "
+                f"| {bounds if mode == 'fp8' else ' | '} |"
             )
     return lines
 
