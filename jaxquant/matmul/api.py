@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
 from jaxquant.array import QuantizedArray
@@ -50,7 +51,8 @@ def matmul(
     Args:
       x: `[..., K]`, floating; or what the prologue makes that of.
       w: `[N, K]`, or a stack `[L, N, K]` with `layer`.
-      layer: which matrix of the stack, possibly traced.
+      layer: which matrix of the stack, possibly traced: then one outside of it counts as the
+        nearest inside, and `jax.experimental.checkify.checkify` reports it.
       prologue: applied to x; see `jaxquant.matmul.prologue`. Kernels quantize what it gives without
         writing it to memory.
       bias: `[N]`, or a stack `[L, N]`.
@@ -112,6 +114,16 @@ def _straight_through(out_dtype, implementation, primals, tangents):
     return y, xla.matmul(dx, weight_only, layer, out_dtype, None, dbias, dresidual)
 
 
+def _check_layer(layer: Any, L: int) -> None:
+    allowed = f"; allowed: 0 to {L - 1}"
+    if not isinstance(layer, int | np.integer):
+        # Nothing but under checkify.
+        inside = (layer >= -L) & (layer < L)
+        checkify.debug_check(inside, "matmul: layer is {layer}" + allowed, layer=layer)
+    elif not -L <= layer < L:
+        raise JaxquantError(f"matmul: layer is {layer}{allowed}")
+
+
 def _check(x: Any, w: Any, layer: Any, prologue: Any, bias: Any, residual: Any) -> None:
     # The storage is K-major whatever the logical layout, so look at that.
     shape = w.qvalue.shape if isinstance(w, QuantizedArray) else w.shape
@@ -120,8 +132,8 @@ def _check(x: Any, w: Any, layer: Any, prologue: Any, bias: Any, residual: Any) 
     if len(shape) != (2 if layer is None else 3):
         want = "[N, K] (a stack [L, N, K] needs layer=)" if layer is None else "[L, N, K]"
         raise JaxquantError(f"matmul: w is stored as {list(shape)}; allowed: {want}")
-    if isinstance(layer, int | np.integer) and not -shape[0] <= layer < shape[0]:
-        raise JaxquantError(f"matmul: layer is {layer}; allowed: 0 to {shape[0] - 1}")
+    if layer is not None:
+        _check_layer(layer, shape[0])
     if prologue is not None:
         came = list(x.shape)
         x = jax.eval_shape(prologue, x, layer)

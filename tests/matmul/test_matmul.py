@@ -10,6 +10,7 @@ import numpy_reference
 import pytest
 from hypothesis import given, strategies as st
 from jax import lax
+from jax.experimental import checkify
 from numpy_reference import BF16, DTYPES, heavy_tailed, make_weight, normal, zero_blocks
 
 from jaxquant import blocked
@@ -285,6 +286,17 @@ def test_unknown_implementation_is_refused_for_plain_weights_too():
 def test_layer_out_of_range_is_refused(layer):
     with pytest.raises(JaxquantError, match=rf"layer is {layer}; allowed"):
         matmul(X, STACK, layer=layer)
+
+
+@pytest.mark.parametrize("layer", [2, -3])
+def test_traced_layer_out_of_range_is_reported_by_checkify(layer):
+    run = jax.jit(lambda layers: lax.map(lambda l: matmul(X, STACK, layer=l), layers))
+    error, y = checkify.checkify(run)(jnp.array([0, layer]))
+    with pytest.raises(checkify.JaxRuntimeError, match=rf"matmul: layer is {layer}; allowed: 0 to"):
+        error.throw()
+    assert (y == run(jnp.array([0, 1 if layer > 0 else 0]))).all()
+    error, _ = checkify.checkify(run)(jnp.array([0, -1]))
+    error.throw()
 
 
 # What stands around it ----------------------------------------------------------------------------
