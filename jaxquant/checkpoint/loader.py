@@ -5,8 +5,6 @@ The place is in a stack of layers that was allocated once, on one device or divi
 
 import contextlib
 import itertools
-import math
-from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -69,31 +67,15 @@ def load(
         name: Destination(targets[id(place.param)], place.index, place.row)
         for name, place in place_of.items()
     }
-    items, reports = _one_of_each_first(plan.items), {}
-    total = sum(folder.info(item.name).nbytes for item in items)
+    total = sum(folder.info(item.name).nbytes for item in plan.items)
     with (
         Progress(f"Loading {folder.path.name}", total, progress) as bar,
-        contextlib.closing(stream(folder, items, dtypes, bar, destinations)) as slabs,
+        contextlib.closing(stream(folder, plan.items, dtypes, bar, destinations)) as slabs,
     ):
-        for slab in slabs:
-            if slab.report is not None:
-                reports[slab.item.name] = slab.report
+        entries = [slab.report for slab in slabs if slab.report is not None]
         for target in targets.values():
             target.finish()
-        entries = [reports[item.name] for item in plan.items if item.name in reports]
         return model, QuantReport((*entries, *skipped_reports(folder, plan)), bar.timing())
-
-
-def _one_of_each_first(items: Iterable[Item]) -> list[Item]:
-    """Begins with one tensor of each kind, small ones before large, then the others in order.
-
-    So the programs of all kinds are compiled side by side.
-    """
-    first: dict[str, Item] = {}
-    for item in items:
-        first.setdefault(item.slot.path, item)
-    small_to_large = sorted(first.values(), key=lambda item: math.prod(item.slot.shape))
-    return [*small_to_large, *(item for item in items if item is not first[item.slot.path])]
 
 
 def _stacks(plan: Plan) -> list[Stack]:

@@ -11,18 +11,18 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from jaxquant import blocked
 from jaxquant.array import QuantizedArray
 from jaxquant.blocked import grid_shape
 from jaxquant.checkpoint.buffers import HostBuffers
+from jaxquant.checkpoint.convert import converted
 from jaxquant.checkpoint.folder import CheckpointFolder
 from jaxquant.checkpoint.pipeline import ordered
 from jaxquant.checkpoint.plan import Item, Plan
@@ -31,7 +31,6 @@ from jaxquant.checkpoint.target import Destination, Part, Strip
 from jaxquant.config import QuantConfig
 from jaxquant.errors import CheckpointError
 from jaxquant.report import TensorReport
-from jaxquant.tree import error_norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +109,6 @@ def stream(
     def work(task: tuple[Item, Strip, bool]) -> tuple[Any, list[np.ndarray], int]:
         item, strip, _ = task
         dtype, place = dtype_of(item), place_of(item)
-        stage = "convert" if item.config is None else "quantize"
         with buffers.take() as buffer:
             with progress.stage("read"):
                 piece = _read(folder, item, strip, dtype, buffer)
@@ -126,21 +124,22 @@ def stream(
                 ]
                 jax.block_until_ready(copies)
         value, outcomes = None, []
-        for (part, device), (rows, start) in zip(strip.holders, copies, strict=True):
-            with progress.stage(stage):
-                value, outcome = _convert(rows, _numerics(item), dtype)
-            if place is not None:
-                with progress.stage("place"):
-                    value = place.put(device, value, start)
-            if device is part.devices[0]:  # the others have the same
-                outcomes.append(outcome)
-        with progress.stage(stage):
+        with progress.stage("convert" if item.config is None else "quantize"):
+            for (part, device), (rows, start) in zip(strip.holders, copies, strict=True):
+                if place is None:
+                    value, outcome = converted(rows, _numerics(item), dtype)
+                else:
+                    outcome = place.put(device, rows, start, _numerics(item), dtype)
+                if device is part.devices[0]:  # the others have the same
+                    outcomes.append(outcome)
             outcomes = jax.device_get(outcomes)
         return value, outcomes, sum(leaf.nbytes for leaf in jax.tree.leaves(piece))
 
     tasks = [(item, *task) for item in items for task in slabs(item, place_of(item))]
     largest = max((_nbytes(folder, item, strip) for item, strip, _ in tasks), default=0)
     threads = lanes().threads
+    if places is not None and jax.default_backend() != "cpu":
+        _compile(folder, tasks, places, dtype_of)
     with (
         HostBuffers(largest) as buffers,
         contextlib.closing(ordered(work, tasks, threads=threads, ahead=2 * threads)) as results,
@@ -188,20 +187,48 @@ def _cut(item: Item, strip: Strip) -> list[slice]:
 
 def _read(folder: CheckpointFolder, item: Item, strip: Strip, dtype: Any, out: Any) -> Any:
     """A strip of a tensor as it is in the checkpoint; of an FP8 one with its scales in float32."""
-    rows, columns = strip.rows, strip.columns
-    piece = folder.read_rows(item.name, rows, columns, out=out)
+    piece = folder.read_rows(item.name, strip.rows, strip.columns, out=out)
     if item.scale_name is None:
         return piece
     assert item.config is not None
     bo, bi = item.config.weight_block_size
-    scale = folder.read_rows(item.scale_name, _blocks(rows, bo), _blocks(columns, bi))
+    rows, columns = _blocks(strip.rows, bo), _blocks(strip.columns, bi)
+    scale = folder.read_rows(item.scale_name, rows, columns)
+    return _stored(item, piece, scale.astype(np.float32), dtype)
+
+
+def _abstract(folder: CheckpointFolder, item: Item, strip: Strip, part: Part, dtype: Any) -> Any:
+    """The shapes and dtypes of a part of a strip, as it is read."""
+    shape = item.slot.shape
+    if len(shape) == 2:
+        rows, columns = (
+            range(n)[s] for n, s in zip(shape, (strip.rows, part.columns), strict=True)
+        )
+        shape = len(rows), len(columns)
+    piece = jax.ShapeDtypeStruct(shape, folder.info(item.name).dtype)
+    if item.scale_name is None:
+        return piece
+    assert item.config is not None
+    grid = grid_shape(shape, item.config.weight_block_size)
+    return _stored(item, piece, jax.ShapeDtypeStruct(grid, jnp.float32), dtype)
+
+
+def _stored(item: Item, qvalue: Any, scale: Any, dtype: Any) -> QuantizedArray:
+    assert item.config is not None
     return QuantizedArray(
-        piece,
-        scale.astype(np.float32),
-        block_size=(bo, bi),
+        qvalue,
+        scale,
+        block_size=item.config.weight_block_size,
         dtype=dtype,
         activation_scheme=item.config.activation_scheme,
     )
+
+
+def _nbytes(folder: CheckpointFolder, item: Item, strip: Strip) -> int:
+    """Of a strip in the checkpoint, without its scales."""
+    whole = Part(strip.columns, ())
+    piece = jax.tree.leaves(_abstract(folder, item, strip, whole, None))[0]
+    return math.prod(piece.shape) * piece.dtype.itemsize
 
 
 def _columns(piece: Any, strip: Strip, part: Part) -> Any:
@@ -223,36 +250,27 @@ def _blocks(numbers: slice, block: int) -> slice:
     return slice(numbers.start // block, -(-numbers.stop // block))
 
 
-def _nbytes(folder: CheckpointFolder, item: Item, strip: Strip) -> int:
-    """Of a strip in the checkpoint, without its scales."""
-    shape, itemsize = item.slot.shape, folder.info(item.name).dtype.itemsize
-    if len(shape) != 2:
-        return math.prod(shape) * itemsize
-    return (strip.rows.stop - strip.rows.start) * len(range(shape[1])[strip.columns]) * itemsize
+def _compile(
+    folder: CheckpointFolder,
+    tasks: Sequence[tuple[Item, Strip, bool]],
+    places: Mapping[str, Destination],
+    dtype_of: Callable[[Item], Any],
+) -> None:
+    """Compiles what the tasks run side by side; in its turn each would keep the others waiting."""
+    programs = {}
+    for item, strip, _ in tasks:
+        place, dtype = places[item.name], dtype_of(item)
+        for part, device in strip.holders:
+            rows = _abstract(folder, item, strip, part, dtype)
+            key = place.target, device, jax.tree.leaves(rows)[0].shape
+            programs[key] = place, device, rows, _numerics(item), dtype
+    with ThreadPoolExecutor(lanes().threads, thread_name_prefix="jaxquant") as pool:
+        for program in [pool.submit(place.compile, *rest) for place, *rest in programs.values()]:
+            program.result()
 
 
 def _numerics(item: Item) -> QuantConfig | None:
     return None if item.config is None else item.config.numerics()
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _convert(piece: Any, config: QuantConfig | None, dtype: Any) -> tuple[Any, jax.Array]:
-    """A slab as it is kept; whether it is finite and, if quantized, norms of error and slab."""
-    if isinstance(piece, QuantizedArray):
-        return piece, _all_finite(piece.dequantize(jnp.float32))[None]
-    if config is None:
-        piece = piece if dtype is None else piece.astype(dtype)  # which may have no such value
-        return piece, _all_finite(piece)[None]
-    # The barrier keeps XLA from quantizing again in each fusion that uses the result.
-    qa = lax.optimization_barrier(blocked.quantize(piece, config))
-    # A block's scale is finite exactly when all of its weights are.
-    outcome = jnp.stack([_all_finite(qa.scale), *error_norms(piece, qa)])
-    return qa if dtype is None else dataclasses.replace(qa, dtype=dtype), outcome
-
-
-def _all_finite(x: jax.Array) -> jax.Array:
-    # 0 * x is NaN exactly where x is not finite; XLA:CPU vectorizes sums, unlike `all`.
-    return jnp.isfinite(jnp.sum(0 * x.astype(jnp.float32))).astype(jnp.float32)
 
 
 class _Tally:

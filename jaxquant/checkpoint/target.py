@@ -1,6 +1,5 @@
 """Where tensors go: a parameter while it is loaded, and its shards on this process's devices."""
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -11,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from jaxquant import blocked
 from jaxquant.array import QuantizedArray
 from jaxquant.blocked import grid_shape
+from jaxquant.checkpoint.convert import COMPILER_OPTIONS, convert, converted
 from jaxquant.checkpoint.reader import aligned
 from jaxquant.config import QuantConfig
 
@@ -90,16 +91,39 @@ class Target:
         self._shards: dict[Any, Any] = {}
         self._locks = {device: threading.Lock() for device in self.held}
 
-    def put(self, device: Any, rows: Any, start: Any) -> None:
-        """Writes rows, all columns of a device's shard, from `start` on: leading axes, and row."""
+    def put(self, device: Any, rows: Any, start: Any, config: Any, dtype: Any) -> jax.Array:
+        """Converts rows, all columns of a device's shard, and writes them from `start` on.
+
+        Args:
+          device: that they are on.
+          rows: as they are in the checkpoint.
+          start: leading axes, and row.
+          config: see `convert`.
+          dtype: likewise.
+
+        Returns:
+          What `convert` says of them.
+        """
         with self._locks[device]:
-            shard = self._shards.get(device)
-            if shard is None:
-                shard = self._allocate(device)
-            # The device does it in its own time, in the order in which it is asked to.
-            self._shards[device] = shard if _on_host(shard) else _put_on_device(shard, rows, start)
-        if _on_host(shard):
-            _put_on_host(shard, rows, np.asarray(start).tolist())
+            shard = self._shard(device)
+            if not _on_host(shard):
+                # The device does it in its own time, in the order in which it is asked to.
+                self._shards[device], outcome = _put(shard, rows, start, config, dtype)
+                return outcome
+        value, outcome = converted(rows, config, dtype)
+        _put_on_host(shard, value, np.asarray(start).tolist())
+        return outcome
+
+    def compile(self, device: Any, rows: Any, start: Any, config: Any, dtype: Any) -> None:
+        """Compiles `put` for arguments of these shapes and dtypes."""
+        with self._locks[device]:
+            shard = self._shard(device)
+        sharding = None if device is None else SingleDeviceSharding(device)
+        args = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            (shard, rows, start),
+        )
+        _put.lower(*args, config, dtype).compile()
 
     def finish(self) -> None:
         """Gives the parameter its arrays."""
@@ -115,12 +139,17 @@ class Target:
     def _join(self, whole: jax.ShapeDtypeStruct, *shards: jax.Array) -> jax.Array:
         return jax.make_array_from_single_device_arrays(whole.shape, self._sharding, list(shards))
 
+    def _shard(self, device: Any) -> Any:
+        if device not in self._shards:
+            self._shards[device] = self._allocate(device)
+        return self._shards[device]
+
     def _allocate(self, device: Any) -> Any:
         # A CPU device takes numpy's memory as it is, in the end. Until then it is simply written
         # to: XLA:CPU copies all of a stack of float8 to change a part of it.
         zeros = _host_zeros if jax.default_backend() == "cpu" else jnp.zeros
-        with contextlib.nullcontext() if device is None else jax.default_device(device):
-            return self._like(zeros, tuple(map(len, self.held[device])))
+        shape = tuple(map(len, self.held[device]))
+        return self._like(functools.partial(zeros, device=device), shape)
 
     def _like(self, make: Any, shape: tuple[int, ...] | None = None) -> Any:
         """`make(shape, dtype)` of the parameter, or of its values and its scales."""
@@ -171,12 +200,17 @@ class Destination:
         first = self.target.held[device][len(self.index)].start
         return np.array([*self.index, self.row + rows.start - first], np.int32)
 
-    def put(self, device: Any, rows: Any, start: Any) -> None:
-        """Writes rows, all columns that the device has, from `start` on."""
-        self.target.put(device, rows, start)
+    def put(self, device: Any, rows: Any, start: Any, config: Any, dtype: Any) -> jax.Array:
+        """As `Target.put`."""
+        return self.target.put(device, rows, start, config, dtype)
+
+    def compile(self, device: Any, rows: Any, config: Any, dtype: Any) -> None:
+        """As `Target.compile`."""
+        start = jax.ShapeDtypeStruct((len(self.index) + 1,), np.int32)
+        self.target.compile(device, rows, start, config, dtype)
 
 
-def _host_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def _host_zeros(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> np.ndarray:
     return aligned(math.prod(shape) * dtype.itemsize, np.zeros).view(dtype).reshape(shape)
 
 
@@ -195,14 +229,16 @@ def _put_on_host(shard: Any, rows: Any, start: list[int]) -> None:
     target[row : row + len(rows)].view(np.uint8)[:] = np.asarray(rows).view(np.uint8)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _put_on_device(shard: Any, rows: Any, start: jax.Array) -> Any:
+@functools.partial(
+    jax.jit, static_argnums=(3, 4), donate_argnums=0, compiler_options=COMPILER_OPTIONS
+)
+def _put(
+    shard: Any, rows: Any, start: jax.Array, config: QuantConfig | None, dtype: Any
+) -> tuple[Any, jax.Array]:
+    value, outcome = convert(rows, config, dtype)
     *index, row = start
     if not isinstance(shard, QuantizedArray):
-        return blocked.put(shard, rows, tuple(index), row)
-    block_row = row // shard.block_size[0]
-    return dataclasses.replace(
-        shard,
-        qvalue=blocked.put(shard.qvalue, rows.qvalue, tuple(index), row),
-        scale=blocked.put(shard.scale, rows.scale, tuple(index), block_row),
-    )
+        return blocked.put(shard, value, tuple(index), row), outcome
+    qvalue = blocked.put(shard.qvalue, value.qvalue, tuple(index), row)
+    scale = blocked.put(shard.scale, value.scale, tuple(index), row // shard.block_size[0])
+    return dataclasses.replace(shard, qvalue=qvalue, scale=scale), outcome
