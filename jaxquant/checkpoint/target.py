@@ -60,7 +60,7 @@ class Strip:
 
 
 class Target:
-    """A parameter while it is loaded. Any number of threads may put rows into it.
+    """A parameter while it is loaded, zeros at first. Any number of threads may put rows into it.
 
     Args:
       param: holds shape and dtype, and the arrays after `finish`.
@@ -127,7 +127,7 @@ class Target:
 
     def finish(self) -> None:
         """Gives the parameter its arrays."""
-        shards = {device: jax.device_put(s, device) for device, s in self._shards.items()}
+        shards = {device: jax.device_put(self._shard(device), device) for device in self.held}
         self._shards.clear()
         if self._sharding is None:
             self._param.set_value(shards[None])
