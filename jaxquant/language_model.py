@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int
 
 from jaxquant import generation
@@ -133,6 +134,7 @@ def from_pretrained(
     path_or_hub_id: str | os.PathLike,
     quant_config: QuantConfig | Mapping[str, Any] | None = None,
     dtype: Any = jnp.bfloat16,
+    mesh: Mesh | None = None,
     *,
     progress: bool | None = None,
 ) -> LanguageModel:
@@ -146,10 +148,13 @@ def from_pretrained(
       quant_config: how to quantize, or Hugging Face's `quantization_config`; None takes the
         checkpoint as it is, blocked FP8 included.
       dtype: of activations and of what is not quantized.
+      mesh: devices to divide the weights among, along its only axis or the one named "model"; a
+        process reads what its own devices hold. None loads everything onto the default device.
       progress: whether to show a bar; None shows it on a terminal.
 
     Raises:
       CheckpointError: a checkpoint that cannot be loaded as asked; names file, tensor or field.
+      JaxquantError: an argument that is none of those above.
     """
     if isinstance(quant_config, Mapping):
         quant_config = QuantConfig.from_dict(quant_config)
@@ -161,7 +166,7 @@ def from_pretrained(
     path = resolve(path_or_hub_id)
     with CheckpointFolder(path) as folder:
         plan = make_plan(folder, quant_config)
-        module, report = load(folder, plan, dtype, progress=progress)
+        module, report = load(folder, plan, dtype, mesh, progress=progress)
         return LanguageModel(
             module, path, folder.config, folder.generation_config, plan.config, report
         )

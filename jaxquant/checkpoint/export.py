@@ -21,7 +21,7 @@ from jaxquant.checkpoint import compressed
 from jaxquant.checkpoint.folder import CheckpointFolder
 from jaxquant.checkpoint.plan import Item, Plan, make_plan
 from jaxquant.checkpoint.progress import Progress
-from jaxquant.checkpoint.stream import Slab, skipped_reports, stream
+from jaxquant.checkpoint.stream import Slab, skipped_reports, stream, tensor_report
 from jaxquant.checkpoint.writer import DEFAULT_SHARD_BYTES, TensorSource, write_folder
 from jaxquant.config import QuantConfig
 from jaxquant.errors import CheckpointError, JaxquantError
@@ -65,7 +65,7 @@ def quantize_checkpoint(
       progress: whether to show a bar; None shows it on a terminal.
 
     Returns:
-      The report of the tensors that this run quantized.
+      The report. Of tensors in shards that an earlier run finished it says so, and no error.
 
     Raises:
       JaxquantError: another layout, or one that has no words for the config.
@@ -102,7 +102,7 @@ def quantize_checkpoint(
                 job=_job(folder),
                 resume=resume,
             )
-            entries = (*tensors.entries, *skipped_reports(folder, plan))
+            entries = (*tensors.earlier(), *tensors.entries, *skipped_reports(folder, plan))
             return QuantReport(entries, bar.timing())
 
 
@@ -212,6 +212,12 @@ class QuantizedTensors:
         config = self._plan.config
         block = 1 if config is None else config.weight_block_size[0]
         return _fuse(sources, self._plan.family.fused, block)
+
+    def earlier(self) -> list[TensorReport]:
+        """Reports of what came before the stream began."""
+        items = self._plan.items[: len(self._plan.items) - len(self.entries)]
+        entries = [tensor_report(self._folder, item, None, None) for item in items]
+        return [dataclasses.replace(e, reason=f"{e.reason}; by an earlier run") for e in entries]
 
     def close(self) -> None:
         """Ends the stream."""

@@ -151,13 +151,20 @@ class CheckpointFolder:
         part.shape(file.tensors[part.whole], file.path)
         return part.take(file.read(part.whole))
 
-    def read_rows(self, name: str, rows: slice) -> np.ndarray:
-        """Return rows of tensor `name`, read into memory of their own."""
+    def read_rows(
+        self,
+        name: str,
+        rows: slice,
+        columns: slice = slice(None),
+        *,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Return rows of tensor `name`, or some columns of them, as `SafetensorsFile` does."""
         file, part = self._file(self.shard_of(name)), self._parts.get(name)
         if part is None:
-            return file.read_rows(name, rows)
+            return file.read_rows(name, rows, columns, out=out)
         shape = part.shape(file.tensors[part.whole], file.path)
-        return part.read_rows(file, range(shape[0] if shape else 1)[rows])
+        return part.read_rows(file, range(shape[0] if shape else 1)[rows], columns, out)
 
     def other_files(self) -> list[Path]:
         """Return the files that an export carries over, sorted by name.
@@ -229,18 +236,24 @@ class _Part:
             tensor = tensor[self.expert[0]]
         return tensor if self.rows is None else self.rows.take(tensor, self.name, self.block)
 
-    def read_rows(self, file: SafetensorsFile, rows: range) -> np.ndarray:
+    def read_rows(
+        self, file: SafetensorsFile, rows: range, columns: slice, out: np.ndarray | None
+    ) -> np.ndarray:
         """Rows of the part, read from the file that the whole is in."""
         if self.rows is None:
-            return file.read_rows(self.whole, slice(rows.start, rows.stop))
+            return file.read_rows(self.whole, slice(rows.start, rows.stop), columns, out=out)
         shape = file.tensors[self.whole].shape
         height = shape[0] if self.expert is None else shape[1]
         first = 0 if self.expert is None else self.expert[0] * height
-        pieces = [
-            file.read_rows(self.whole, slice(first + run.start, first + run.stop), flat=True)
-            for run in self.rows.runs(height, self.name, rows, self.block)
-        ]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        pieces, end = [], 0
+        for run in self.rows.runs(height, self.name, rows, self.block):
+            lines = slice(first + run.start, first + run.stop)
+            into = None if out is None else out[end:]
+            pieces.append(file.read_rows(self.whole, lines, columns, flat=True, out=into))
+            end += pieces[-1].nbytes
+        if len(pieces) == 1 or out is None:
+            return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return out[:end].view(pieces[0].dtype).reshape(-1, *pieces[0].shape[1:])
 
     def shape(self, info: TensorInfo, path: Path) -> tuple[int, ...]:
         """Of the part, given the whole and the file that it is in."""

@@ -1,34 +1,33 @@
-"""Loading: a stream of slabs, FP8 already, each written in its place on the device.
+"""Loading: a stream of slabs, each of which is FP8 already when it is put in its place.
 
-The place is in a stack of layers that was allocated once.
+The place is in a stack of layers that was allocated once, on one device or divided among several.
 """
 
 import contextlib
-import dataclasses
 import itertools
-import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh
 
-from jaxquant import blocked
-from jaxquant.array import QuantizedArray
-from jaxquant.blocked import grid_shape
 from jaxquant.checkpoint.folder import CheckpointFolder
 from jaxquant.checkpoint.plan import Item, Plan
 from jaxquant.checkpoint.progress import Progress
-from jaxquant.checkpoint.reader import aligned
+from jaxquant.checkpoint.sharding import shardings
 from jaxquant.checkpoint.stream import skipped_reports, stream
-from jaxquant.config import QuantConfig
+from jaxquant.checkpoint.target import Destination, Target
 from jaxquant.models.layers import Stack
 from jaxquant.models.registry import places
 from jaxquant.report import QuantReport
 
 
 def load(
-    folder: CheckpointFolder, plan: Plan, dtype: Any, *, progress: bool | None = None
+    folder: CheckpointFolder,
+    plan: Plan,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    *,
+    progress: bool | None = None,
 ) -> tuple[Any, QuantReport]:
     """Loads the tensors of a plan, each read once and nothing else.
 
@@ -36,39 +35,47 @@ def load(
       folder: the checkpoint.
       plan: made from it. What a plan of some layers (`Plan.only`) leaves out stays abstract.
       dtype: of parameters that are not quantized, and of activations.
+      mesh: devices to divide the parameters among (`sharding.py`); a process reads what its own
+        devices hold. None puts them on the default device.
       progress: whether to show a bar; None shows it on a terminal.
 
     Returns:
-      The family's model with its parameters, and the report.
+      The family's model with its parameters, and the report, of what this process has read.
 
     Raises:
       CheckpointError: NaN or Inf in a tensor, by name; a file that cannot be read, or changes.
+      JaxquantError: a mesh that does not say what to divide over.
     """
     dtype = jnp.dtype(dtype)
     model = plan.family.abstract_model(dtype, _stacks(plan))
     place_of = places(model, {item.name: item.slot for item in plan.items})
     # A router's correction bias stays float32, whatever the model is in.
     dtypes = {name: jnp.dtype(place.param.get_value().dtype) for name, place in place_of.items()}
+    matrices = {
+        id(place_of[item.name].param): item.config
+        for item in plan.items
+        if len(item.slot.shape) == 2
+    }
+    layout = {} if mesh is None else shardings(model, matrices, mesh)
+    targets = {
+        id(place.param): Target(
+            place.param, matrices.get(id(place.param)), dtype, layout.get(id(place.param))
+        )
+        for place in place_of.values()
+    }
+    destinations = {
+        name: Destination(targets[id(place.param)], place.index, place.row)
+        for name, place in place_of.items()
+    }
     total = sum(folder.info(item.name).nbytes for item in plan.items)
-    entries = []
     with (
         Progress(f"Loading {folder.path.name}", total, progress) as bar,
-        contextlib.closing(stream(folder, plan.items, dtypes, bar)) as slabs,
+        contextlib.closing(stream(folder, plan.items, dtypes, bar, destinations)) as slabs,
     ):
-        for slab in slabs:
-            place = place_of[slab.item.name]
-            param = place.param.get_value()
-            if isinstance(param, jax.ShapeDtypeStruct):
-                param = _allocate(param, slab.item.config, dtype)
-            with bar.stage("place"):
-                param = _put(param, slab.value, place.index, place.row + slab.rows.start)
-            place.param.set_value(param)
-            if slab.report is not None:
-                entries.append(slab.report)
-        for param in {id(place.param): place.param for place in place_of.values()}.values():
-            param.set_value(jax.device_put(param.get_value()))
-        entries += skipped_reports(folder, plan)
-        return model, QuantReport(tuple(entries), bar.timing())
+        entries = [slab.report for slab in slabs if slab.report is not None]
+        for target in targets.values():
+            target.finish()
+        return model, QuantReport((*entries, *skipped_reports(folder, plan)), bar.timing())
 
 
 def _stacks(plan: Plan) -> list[Stack]:
@@ -95,46 +102,3 @@ def _mixed(layer: list[Item]) -> frozenset[str]:
         if item.slot.product is not None and len(item.slot.shape) == 2:
             configs.setdefault(item.slot.product, set()).add(item.config)
     return frozenset(product for product, found in configs.items() if len(found) > 1)
-
-
-def _allocate(param: jax.ShapeDtypeStruct, config: QuantConfig | None, dtype: Any) -> Any:
-    # A CPU device takes numpy's memory as it is, in the end. Until then it is simply written to:
-    # XLA:CPU copies all of a stack of float8 to change a part of it.
-    zeros = _host_zeros if jax.default_backend() == "cpu" else jnp.zeros
-    if config is None:
-        return zeros(param.shape, jnp.dtype(param.dtype))
-    grid = grid_shape(param.shape, config.weight_block_size)
-    return QuantizedArray(
-        zeros(param.shape, config.fmt_dtype),
-        zeros((*param.shape[:-2], *grid), jnp.dtype(jnp.float32)),
-        block_size=config.weight_block_size,
-        dtype=dtype,
-        activation_scheme=config.activation_scheme,
-    )
-
-
-def _host_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    return aligned(math.prod(shape) * dtype.itemsize, np.zeros).view(dtype).reshape(shape)
-
-
-def _put(param: Any, rows: Any, index: tuple[int, ...], row: int) -> Any:
-    """The parameter with rows of a tensor in it; `index` is of its leading axes."""
-    if not isinstance(param, QuantizedArray):
-        return _put_rows(param, rows, index, row)
-    return dataclasses.replace(
-        param,
-        qvalue=_put_rows(param.qvalue, rows.qvalue, index, row),
-        scale=_put_rows(param.scale, rows.scale, index, row // param.block_size[0]),
-    )
-
-
-def _put_rows(array: Any, rows: jax.Array, index: tuple[int, ...], row: int) -> Any:
-    if isinstance(array, np.ndarray):
-        target = array[index]
-        # As bytes: numpy copies elements of other packages' dtypes one by one.
-        target[row : row + len(rows)].view(np.uint8)[:] = np.asarray(rows).view(np.uint8)
-        return array
-    return jax.block_until_ready(_put_on_device(array, rows, index, row))
-
-
-_put_on_device = jax.jit(blocked.put, donate_argnums=0)

@@ -137,14 +137,29 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path}: tensor {brief(name)}: read after close()")
         return self._bytes[info.start : info.stop].view(info.dtype).reshape(info.shape)
 
-    def read_rows(self, name: str, rows: slice, *, flat: bool = False) -> np.ndarray:
-        """Return rows of tensor `name` in memory of their own, aligned to 64 bytes.
+    def read_rows(
+        self,
+        name: str,
+        rows: slice,
+        columns: slice = slice(None),
+        *,
+        flat: bool = False,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Return rows of tensor `name`, or some columns of them.
 
         With `flat` the tensor counts as a matrix of as many columns, its other axes as one.
 
         They are read, not mapped: a disk that fails, or a file that someone truncates or writes to
         meanwhile, is a `CheckpointError` here, where a map would end the process or mix old and
         new. A scalar has one row. Any number of threads may read at once.
+
+        Args:
+          name: of the tensor.
+          rows: which, by numbers.
+          columns: which of a matrix; no other bytes are read.
+          flat: see above.
+          out: bytes to read into, as many or more; None takes memory of its own, aligned to 64.
         """
         info = self.tensors[name]
         whole = info.shape
@@ -152,23 +167,32 @@ class SafetensorsFile:
             whole = (math.prod(whole[:-1]), whole[-1])
         start, stop, _ = rows.indices(whole[0] if whole else 1)
         shape = (stop - start, *whole[1:]) if whole else ()
-        width = math.prod(whole[1:]) * info.dtype.itemsize
-        out = aligned((stop - start) * width, np.empty)
+        pitch = math.prod(whole[1:]) * info.dtype.itemsize
+        offset, lines = info.start + start * pitch, 1  # whole rows are one line
+        if len(whole) == 2 and len(taken := range(whole[1])[columns]) < whole[1]:
+            shape = (stop - start, len(taken))
+            offset, lines = offset + taken.start * info.dtype.itemsize, stop - start
+        nbytes = math.prod(shape) * info.dtype.itemsize
+        out = aligned(nbytes, np.empty) if out is None else out[:nbytes]
         try:
-            self._read_into(out, info.start + start * width)
+            self._read_into(out.reshape(lines, -1) if nbytes else out, offset, pitch)
         except OSError as error:
             raise CheckpointError(
                 f"{self.path}: tensor {brief(name)}: cannot be read: {error}"
             ) from error
         return out.view(info.dtype).reshape(shape)
 
-    def _read_into(self, out: np.ndarray, offset: int) -> None:
+    def _read_into(self, out: np.ndarray, offset: int, pitch: int) -> None:
+        """Fills lines of bytes, each of which begins `pitch` after the one before it."""
         if not self._closer.alive:
             raise CheckpointError(f"{self.path}: read after close()")
-        rest = memoryview(out)
-        while rest and (count := os.preadv(self._fd, [rest], offset)):  # 2 GiB a call at most
-            rest, offset = rest[count:], offset + count
-        if rest or _identity(self._fd) != self._opened_as:
+        complete = True
+        for i, line in enumerate(out):
+            rest, position = memoryview(line), offset + i * pitch
+            while rest and (count := os.preadv(self._fd, [rest], position)):  # 2 GiB at most
+                rest, position = rest[count:], position + count
+            complete &= not rest
+        if not complete or _identity(self._fd) != self._opened_as:
             raise CheckpointError(
                 f"{self.path}: changed while it was read (it had {self._opened_as[0]} bytes, and "
                 f"has {_identity(self._fd)[0]}); let its writer finish, and start again"

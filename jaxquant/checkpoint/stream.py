@@ -1,8 +1,9 @@
 """Tensors of a checkpoint as a stream of slabs, quantized on the device.
 
-A slab is some rows of a tensor. Several threads read slabs, move them to the device and quantize
-them there; they come out in the order of the plan. So the disk, the link to the device and the
-device all have work, and what is in memory is a few slabs, whatever the size of the model.
+A slab is some rows of a tensor. Several threads read slabs, move them to the device, quantize
+them there and put them in their place; they come out in the order of the tensors. So the disk, the
+link to the device and the device all have work, and what is in memory is a few slabs, whatever the
+size of the model.
 """
 
 import contextlib
@@ -10,25 +11,26 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from jaxquant import blocked
 from jaxquant.array import QuantizedArray
 from jaxquant.blocked import grid_shape
+from jaxquant.checkpoint.buffers import HostBuffers
+from jaxquant.checkpoint.convert import converted
 from jaxquant.checkpoint.folder import CheckpointFolder
 from jaxquant.checkpoint.pipeline import ordered
 from jaxquant.checkpoint.plan import Item, Plan
 from jaxquant.checkpoint.progress import Progress
+from jaxquant.checkpoint.target import Destination, Part, Strip
 from jaxquant.config import QuantConfig
 from jaxquant.errors import CheckpointError
 from jaxquant.report import TensorReport
-from jaxquant.tree import error_norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +55,9 @@ def lanes() -> Lanes:
         # XLA runs cheap programs on one core each. Their temporaries, 10 bytes per element, stay
         # in the cache, and under the size from which malloc asks the kernel for pages each time.
         return Lanes(min(cores, 16), 1024 * 1024)
-    # One thread gives an H200 8 GB/s from pageable memory, 8 to 16 give 23 to 27.
-    return Lanes(max(8, min(cores, 16)), 16 * 1024 * 1024)
+    # On an H200 with 16 cores 12 threads read as fast as 16 do, 20 GB/s; slabs of half the size
+    # load at 16, as all threads share what a slab costs Python and the driver.
+    return Lanes(max(8, min(cores, 12)), 32 * 1024 * 1024)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Slab:
     Attributes:
       item: the tensor.
       rows: which; whole blocks of a matrix that is or becomes FP8.
-      value: they, on the device.
+      value: they, on the device; None if they are in their place.
       report: of the tensor, with its last slab.
     """
 
@@ -79,6 +82,7 @@ def stream(
     items: Sequence[Item],
     dtypes: Mapping[str, np.dtype] | None,
     progress: Progress,
+    places: Mapping[str, Destination] | None = None,
 ) -> Generator[Slab]:
     """The slabs of some tensors, in order.
 
@@ -90,6 +94,8 @@ def stream(
       dtypes: by name, what a tensor becomes, or, if it is quantized, computes in; None leaves
         them as they are.
       progress: told of every slab.
+      places: by name, where a tensor goes; only what is held there is read. None has the slabs
+        themselves come out, whole rows on the default device.
 
     Raises:
       CheckpointError: NaN or Inf in a tensor, by name; a file that cannot be read.
@@ -98,84 +104,174 @@ def stream(
     def dtype_of(item: Item) -> np.dtype | None:
         return None if dtypes is None else dtypes[item.name]
 
-    def work(task: tuple[Item, slice, bool]) -> tuple[Any, np.ndarray, int]:
-        item, rows, _ = task
-        dtype = dtype_of(item)
-        with progress.stage("read"):
-            piece = _read(folder, item, rows, dtype)
-        with progress.stage("transfer"):
-            piece = jax.block_until_ready(jax.device_put(piece))
-        nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(piece))
-        with progress.stage("convert" if item.config is None else "quantize"):
-            value, outcome = _convert(piece, _numerics(item), dtype)
-            return value, np.asarray(outcome), nbytes
+    def place_of(item: Item) -> Destination | None:
+        return None if places is None else places[item.name]
 
-    tasks = [(item, *task) for item in items for task in row_slabs(item)]
+    def work(task: tuple[Item, Strip, bool]) -> tuple[Any, list[np.ndarray], int]:
+        item, strip, _ = task
+        dtype, place = dtype_of(item), place_of(item)
+        with buffers.take() as buffer:
+            with progress.stage("read"):
+                piece = _read(folder, item, strip, dtype, buffer)
+            with progress.stage("transfer"):
+                # The numbers of where rows go come with them: later they would wait for other
+                # slabs to be transferred.
+                copies = [
+                    jax.device_put(
+                        (_columns(piece, strip, part), place and place.start(device, strip.rows)),
+                        device,
+                    )
+                    for part, device in strip.holders
+                ]
+                jax.block_until_ready(copies)
+        value, outcomes = None, []
+        with progress.stage("convert" if item.config is None else "quantize"):
+            for (part, device), (rows, start) in zip(strip.holders, copies, strict=True):
+                if place is None:
+                    value, outcome = converted(rows, _numerics(item), dtype)
+                else:
+                    outcome = place.put(device, rows, start, _numerics(item), dtype)
+                if device is part.devices[0]:  # the others have the same
+                    outcomes.append(outcome)
+            outcomes = jax.device_get(outcomes)
+        return value, outcomes, sum(leaf.nbytes for leaf in jax.tree.leaves(piece))
+
+    tasks = [(item, *task) for item in items for task in slabs(item, place_of(item))]
+    largest = max((_nbytes(folder, item, strip) for item, strip, _ in tasks), default=0)
     threads = lanes().threads
-    tally = _Tally()
-    with contextlib.closing(ordered(work, tasks, threads=threads, ahead=2 * threads)) as results:
-        for (item, rows, last), (value, outcome, nbytes) in zip(tasks, results, strict=True):
-            tally.add(outcome)
+    if places is not None and jax.default_backend() != "cpu":
+        _compile(folder, tasks, places, dtype_of)
+    with (
+        HostBuffers(largest) as buffers,
+        contextlib.closing(ordered(work, tasks, threads=threads, ahead=2 * threads)) as results,
+    ):
+        tally = _Tally()
+        for (item, strip, last), (value, outcomes, nbytes) in zip(tasks, results, strict=True):
+            for outcome in outcomes:
+                tally.add(outcome)
             report = None
             if last:
                 _check_finite(folder, item, tally, dtype_of(item))
-                report = _report(folder, item, dtype_of(item), tally.relative_error())
+                report = tensor_report(folder, item, dtype_of(item), tally.relative_error())
                 tally = _Tally()
             progress.advance(nbytes, item.name)
-            yield Slab(item, rows, value, report)
+            yield Slab(item, strip.rows, value, report)
 
 
-def row_slabs(item: Item) -> list[tuple[slice, bool]]:
-    """Row ranges of a tensor of about equal size, whole blocks each; whether it is the last."""
+def slabs(item: Item, place: Destination | None = None) -> list[tuple[Strip, bool]]:
+    """What is wanted of a tensor, cut into slabs of about equal size; whether it is the last.
+
+    A slab of a matrix is whole blocks. Without a place all of the tensor is wanted.
+    """
+    shape = item.slot.shape
+    if place is None:
+        strips = [Strip(slice(0, math.prod(shape[:1])), (Part(slice(None), (None,)),))]
+    else:
+        strips = place.strips(shape)
+    cut = [dataclasses.replace(strip, rows=rows) for strip in strips for rows in _cut(item, strip)]
+    return [(slab, slab is cut[-1]) for slab in cut]
+
+
+def _cut(item: Item, strip: Strip) -> list[slice]:
     if len(item.slot.shape) != 2:
-        return [(slice(0, math.prod(item.slot.shape[:1])), True)]
-    rows, columns = item.slot.shape
+        return [strip.rows]
     block = 1 if item.config is None else item.config.weight_block_size[0]
-    count = max(1, round(rows * columns / lanes().slab_elements))
-    step = -(-rows // (count * block)) * block
-    starts = range(0, max(rows, 1), max(step, 1))
-    return [(slice(start, min(start + step, rows)), start == starts[-1]) for start in starts]
+    start, stop = strip.rows.start, strip.rows.stop
+    blocks = -(-(stop - start) // block)
+    width = len(range(item.slot.shape[1])[strip.columns])
+    count = max(1, round((stop - start) * width / lanes().slab_elements))
+    # Slabs of one size, if a few more of them are: each size is compiled for.
+    count = next((n for n in range(count, 2 * count) if blocks % n == 0), count)
+    step = max(1, -(-blocks // count)) * block
+    return [slice(row, min(row + step, stop)) for row in range(start, max(stop, start + 1), step)]
 
 
-def _read(folder: CheckpointFolder, item: Item, rows: slice, dtype: Any) -> Any:
-    """Rows of a tensor as they are in the checkpoint; FP8 ones with their scales in float32."""
-    piece = folder.read_rows(item.name, rows)
+def _read(folder: CheckpointFolder, item: Item, strip: Strip, dtype: Any, out: Any) -> Any:
+    """A strip of a tensor as it is in the checkpoint; of an FP8 one with its scales in float32."""
+    piece = folder.read_rows(item.name, strip.rows, strip.columns, out=out)
     if item.scale_name is None:
         return piece
     assert item.config is not None
     bo, bi = item.config.weight_block_size
-    scale = folder.read_rows(item.scale_name, slice(rows.start // bo, -(-rows.stop // bo)))
+    rows, columns = _blocks(strip.rows, bo), _blocks(strip.columns, bi)
+    scale = folder.read_rows(item.scale_name, rows, columns)
+    return _stored(item, piece, scale.astype(np.float32), dtype)
+
+
+def _abstract(folder: CheckpointFolder, item: Item, strip: Strip, part: Part, dtype: Any) -> Any:
+    """The shapes and dtypes of a part of a strip, as it is read."""
+    shape = item.slot.shape
+    if len(shape) == 2:
+        rows, columns = (
+            range(n)[s] for n, s in zip(shape, (strip.rows, part.columns), strict=True)
+        )
+        shape = len(rows), len(columns)
+    piece = jax.ShapeDtypeStruct(shape, folder.info(item.name).dtype)
+    if item.scale_name is None:
+        return piece
+    assert item.config is not None
+    grid = grid_shape(shape, item.config.weight_block_size)
+    return _stored(item, piece, jax.ShapeDtypeStruct(grid, jnp.float32), dtype)
+
+
+def _stored(item: Item, qvalue: Any, scale: Any, dtype: Any) -> QuantizedArray:
+    assert item.config is not None
     return QuantizedArray(
-        piece,
-        scale.astype(np.float32),
-        block_size=(bo, bi),
+        qvalue,
+        scale,
+        block_size=item.config.weight_block_size,
         dtype=dtype,
         activation_scheme=item.config.activation_scheme,
     )
 
 
+def _nbytes(folder: CheckpointFolder, item: Item, strip: Strip) -> int:
+    """Of a strip in the checkpoint, without its scales."""
+    whole = Part(strip.columns, ())
+    piece = jax.tree.leaves(_abstract(folder, item, strip, whole, None))[0]
+    return math.prod(piece.shape) * piece.dtype.itemsize
+
+
+def _columns(piece: Any, strip: Strip, part: Part) -> Any:
+    """The columns of a strip that a part has."""
+    if part.columns == strip.columns:
+        return piece
+    first = strip.columns.start
+    columns = slice(part.columns.start - first, part.columns.stop - first)
+    if not isinstance(piece, QuantizedArray):
+        return piece[:, columns]
+    scale = piece.scale[:, _blocks(columns, piece.block_size[1])]
+    return dataclasses.replace(piece, qvalue=piece.qvalue[:, columns], scale=scale)
+
+
+def _blocks(numbers: slice, block: int) -> slice:
+    """The blocks of these rows or columns, which begin with a block."""
+    if numbers == slice(None):
+        return numbers
+    return slice(numbers.start // block, -(-numbers.stop // block))
+
+
+def _compile(
+    folder: CheckpointFolder,
+    tasks: Sequence[tuple[Item, Strip, bool]],
+    places: Mapping[str, Destination],
+    dtype_of: Callable[[Item], Any],
+) -> None:
+    """Compiles what the tasks run side by side; in its turn each would keep the others waiting."""
+    programs = {}
+    for item, strip, _ in tasks:
+        place, dtype = places[item.name], dtype_of(item)
+        for part, device in strip.holders:
+            rows = _abstract(folder, item, strip, part, dtype)
+            key = place.target, device, jax.tree.leaves(rows)[0].shape
+            programs[key] = place, device, rows, _numerics(item), dtype
+    with ThreadPoolExecutor(lanes().threads, thread_name_prefix="jaxquant") as pool:
+        for program in [pool.submit(place.compile, *rest) for place, *rest in programs.values()]:
+            program.result()
+
+
 def _numerics(item: Item) -> QuantConfig | None:
     return None if item.config is None else item.config.numerics()
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _convert(piece: Any, config: QuantConfig | None, dtype: Any) -> tuple[Any, jax.Array]:
-    """A slab as it is kept; whether it is finite and, if quantized, norms of error and slab."""
-    if isinstance(piece, QuantizedArray):
-        return piece, _all_finite(piece.dequantize(jnp.float32))[None]
-    if config is None:
-        piece = piece if dtype is None else piece.astype(dtype)  # which may have no such value
-        return piece, _all_finite(piece)[None]
-    # The barrier keeps XLA from quantizing again in each fusion that uses the result.
-    qa = lax.optimization_barrier(blocked.quantize(piece, config))
-    # A block's scale is finite exactly when all of its weights are.
-    outcome = jnp.stack([_all_finite(qa.scale), *error_norms(piece, qa)])
-    return qa if dtype is None else dataclasses.replace(qa, dtype=dtype), outcome
-
-
-def _all_finite(x: jax.Array) -> jax.Array:
-    # 0 * x is NaN exactly where x is not finite; XLA:CPU vectorizes sums, unlike `all`.
-    return jnp.isfinite(jnp.sum(0 * x.astype(jnp.float32))).astype(jnp.float32)
 
 
 class _Tally:
@@ -206,7 +302,17 @@ def _check_finite(folder: CheckpointFolder, item: Item, tally: _Tally, dtype: An
         )
 
 
-def _report(folder: CheckpointFolder, item: Item, dtype: Any, error: float | None) -> TensorReport:
+def tensor_report(
+    folder: CheckpointFolder, item: Item, dtype: Any, error: float | None
+) -> TensorReport:
+    """What becomes of a tensor.
+
+    Args:
+      folder: that it is in.
+      item: the tensor.
+      dtype: that it is converted to; None leaves it.
+      error: relative, if it was measured.
+    """
     info = folder.info(item.name)
     if item.config is None:
         after = math.prod(info.shape) * (dtype or info.dtype).itemsize

@@ -250,14 +250,14 @@ def test_a_process_killed_in_the_middle_leaves_nothing_that_looks_finished(
 
         seen = 0
 
-        def report_then_die(*args, report=stream._report):
+        def report_then_die(*args, report=stream.tensor_report):
             global seen
             seen += 1
             if seen > {tensors_before}:
                 os.kill(os.getpid(), signal.SIGKILL)
             return report(*args)
 
-        stream._report = report_then_die
+        stream.tensor_report = report_then_die
         config = jq.QuantConfig(weight_block_size={BLOCK})
         jq.quantize_checkpoint(*sys.argv[1:], config, max_shard_bytes=30_000)
     """

@@ -4,12 +4,14 @@ import json
 import pickle
 from pathlib import Path
 
+import builders
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from jaxquant.checkpoint.folder import CheckpointFolder
 from jaxquant.errors import CheckpointError
+from jaxquant.models.fused import FusedRows
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
 B = np.arange(4, dtype=np.int8)
@@ -274,3 +276,16 @@ def test_other_files_are_the_small_ones_beside_the_weights(sharded):
     with (sharded / "huge.txt").open("wb") as file:
         file.truncate(2**28)
     assert [path.name for path in CheckpointFolder(sharded).other_files()] == carried
+
+
+@pytest.mark.parametrize("columns", [slice(None), slice(1, 3)], ids=str)
+@pytest.mark.parametrize("given", [True, False])
+def test_rows_of_a_projection_that_lie_in_several_groups(tmp_path, columns, given):
+    x = np.arange(16 * 4, dtype=np.float32).reshape(16, 4)
+    folder = builders.checkpoint(tmp_path / "fused", {"wqkv.weight": x})
+    out = np.zeros(1000, np.uint8) if given else None
+    with CheckpointFolder(folder) as opened:
+        opened.split({"wqkv": FusedRows({"wq": 4, "wk": 2, "wv": 2}, groups=2)})
+        got = opened.read_rows("wqkv.wk.weight", slice(1, 4), columns, out=out)
+    np.testing.assert_array_equal(got, x[[5, 12, 13], columns])
+    assert not given or np.shares_memory(got, out)

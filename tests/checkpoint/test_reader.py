@@ -7,6 +7,7 @@ what was found.
 import copy
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -42,6 +43,40 @@ def write(tmp_path: Path, content: bytes) -> Path:
 
 
 # Reading ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def matrix(tmp_path):
+    x = np.arange(6 * 10, dtype=np.float32).reshape(6, 10)
+    header = {"x": entry("F32", x.shape, (0, x.nbytes)), "y": entry("F32", (2, 3, 10), (240, 480))}
+    with SafetensorsFile(write(tmp_path, file_bytes(header, 2 * x.tobytes()))) as file:
+        yield file, x
+
+
+@pytest.mark.parametrize("columns", [slice(None), slice(0, 10), slice(3, 7), slice(9, 10)], ids=str)
+def test_reads_columns_of_rows_and_no_other_bytes(matrix, monkeypatch, columns):
+    file, x = matrix
+    counts, preadv = [], os.preadv
+
+    def count(*args):
+        counts.append(preadv(*args))
+        return counts[-1]
+
+    monkeypatch.setattr(os, "preadv", count)
+    for name in ("x", "y"):
+        got = file.read_rows(name, slice(1, 5), columns, flat=True)
+        np.testing.assert_array_equal(got, x[1:5, columns])
+        assert sum(counts) == got.nbytes
+        counts.clear()
+
+
+def test_reads_into_memory_that_is_given(matrix):
+    file, x = matrix
+    out = np.zeros(1000, np.uint8)
+    for columns in (slice(None), slice(2, 4)):
+        got = file.read_rows("x", slice(2, 4), columns, out=out)
+        np.testing.assert_array_equal(got, x[2:4, columns])
+        assert np.shares_memory(got, out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
