@@ -1,0 +1,110 @@
+"""Times and checks the quantization of activations on a GPU, against a copy of as many bytes.
+
+    python benchmarks/quantize.py [-m 13 512 8192]
+
+An 8B model's products: what stands before query, key and value (RMSNorm, K = 4096), before the
+attention's output (nothing, 4096) and before down (SiLU times up, 14336), in BF16. CUPTI time of
+the kernel, median, over operands that together do not stay in L2 where there is a bandwidth to
+speak of; that of the copy is of an XLA kernel that reads and writes as many bytes, half each.
+Where nothing stands before it the bytes have to be those of `jaxquant.blocked`; else the share
+that differs is shown, since a norm or an exp may differ before it is rounded.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant import blocked
+from jaxquant.matmul import RMSNorm, SiluMul
+from jaxquant.matmul.act_quant_sm90 import quantize
+
+# Odd numbers of tokens too: what is stored in pairs or by tiles has to end where they do.
+MS = (1, 5, 13, 16, 33, 64, 129, 512, 4096, 8192)
+KS = {"rms_norm": 4096, "none": 4096, "silu_mul": 14336}
+ROTATED_BYTES = 150 << 20
+MAX_SETS = 8
+REPEATS = 5
+
+
+def prologue_of(name: str) -> Any:
+    """What stands before."""
+    norm = RMSNorm(jax.random.normal(jax.random.key(1), (1, KS[name]), jnp.bfloat16), 1e-5)
+    return {"rms_norm": norm, "silu_mul": SiluMul(), "none": None}[name]
+
+
+def operands(M: int, name: str) -> list[jax.Array]:
+    """Tokens of widely different sizes, the first all zeros."""
+    columns = KS[name] * (2 if name == "silu_mul" else 1)
+    sets = max(1, min(MAX_SETS, ROTATED_BYTES // (M * columns * 2)))
+
+    @jax.jit
+    def make(key):
+        x, size = jax.random.normal(key, (M, columns)), jax.random.normal(key, (M, 1))
+        return (x * jnp.exp(4 * size if name == "none" else size)).at[0].set(0).astype("bfloat16")
+
+    return [make(key) for key in jax.random.split(jax.random.key(M), sets)]
+
+
+def differing(prologue: Any, x: jax.Array, qvalue: jax.Array, scale: jax.Array) -> int:
+    """Bytes and scales that are not those of XLA."""
+    expected = blocked.quantize_activations(x if prologue is None else prologue(x, 0))
+    M = len(x)
+
+    def bits(a):
+        return jax.lax.bitcast_convert_type(a, jnp.uint8 if a.dtype.itemsize == 1 else jnp.uint32)
+
+    pairs = zip((qvalue[:M], scale.T[:M]), expected, strict=True)
+    return sum(int((bits(a) != bits(b)).sum()) for a, b in pairs)
+
+
+def microseconds(run: Callable[[jax.Array], Any], xs: list[jax.Array]) -> float:
+    """Device time of one run."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    def one(x):
+        times: Any
+        _, times = profiler.Cupti(finalize=False).measure(run)(x)
+        if times is None:
+            raise RuntimeError("CUPTI saw no kernels")
+        return times * 1e3
+
+    return statistics.median(one(x) for _ in range(REPEATS) for x in xs)
+
+
+def row(M: int, name: str) -> str:
+    """One line of the table."""
+    K, prologue, xs = KS[name], prologue_of(name), operands(M, name)
+    layer, rows = jnp.zeros(1, jnp.int32), -(-M // 8) * 8
+    run = jax.jit(lambda x: quantize(prologue, x, layer, K, rows)).lower(xs[0]).compile()
+    wrong = differing(prologue, xs[0], *run(xs[0]))
+    if wrong and prologue is None:
+        raise RuntimeError(f"M = {M}, {name}: {wrong} bytes or scales are not those of XLA")
+    size = 2 * xs[0].size + M * K
+    copied = [jnp.full((size // 4,), i, jnp.bfloat16) for i in range(len(xs))]
+    ours, copy = microseconds(run, xs), microseconds(jax.jit(jnp.negative), copied)
+    cells = [M, K, name, f"{ours:.1f}", f"{size / ours / 1e6:.2f}", f"{copy:.1f}"]
+    cells += [f"{copy / ours:.2f}", f"{wrong / (M * K):.1e}"]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("-m", type=int, nargs="+", default=MS)
+    args = parser.parse_args()
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        sys.exit(f"benchmarks/quantize.py times GPU kernels; the device is a {device.platform}")
+    print("| M | K | before | us | TB/s | copy us | of a copy | differing |")
+    print("|--:|--:|:-------|---:|-----:|--------:|----------:|----------:|")
+    for M in args.m:
+        for name in KS:
+            print(row(M, name), flush=True)
+
+
+if __name__ == "__main__":
+    main()
