@@ -176,7 +176,10 @@ def _run(
         )
     else:
         config = gemm_sm90.default_config(M, N, K, sms)
+        added = None
+        if bias is None and gemm_sm90.adds_residual(M, N, out_dtype, config):
+            added, residual = residual, None
         y = gemm_sm90.gemm(
-            xq, sx, qvalue, scale, layer, out_dtype=out_dtype, config=config, sms=sms
+            xq, sx, qvalue, scale, layer, added, out_dtype=out_dtype, config=config, sms=sms
         )[:M]
     return finish(y, layer[0], out_dtype, bias, residual)
