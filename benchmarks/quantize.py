@@ -1,20 +1,16 @@
-"""Times quantization on a GPU against a copy: the bytes that it reads and writes, per second.
+"""Times and checks the quantization of activations on a GPU, against a copy of as many bytes.
 
-    python benchmarks/quantize.py [-o benchmarks/results/quantize-h200.md]
+    python benchmarks/quantize.py [-m 13 512 8192]
 
-    copy         XLA's copy of BF16 data of the size of the input: read once, written once
-    activations  1x128 groups, by the kernel that stands before a product
-    RMSNorm      the same with the norm before it
-    SiLU * up    the same with the gated activation before it, whose input is twice as wide
-    weight       `jaxquant.quantize` in 128x128 blocks
-
-Random data, operands rotated past the L2 cache, durations of the kernels on the device by CUPTI,
-medians. `of a copy` is the rate over that of the copy beside it.
+An 8B model's products: what stands before query, key and value (RMSNorm, K = 4096), before the
+attention's output (nothing, 4096) and before down (SiLU times up, 14336), in BF16. CUPTI time of
+the kernel, median, over operands that together do not stay in L2 where there is a bandwidth to
+speak of; that of the copy is of an XLA kernel that reads and writes as many bytes, half each.
+Where nothing stands before it the bytes have to be those of `jaxquant.blocked`; else the share
+that differs is shown, since a norm or an exp may differ before it is rounded.
 """
 
 import argparse
-import datetime
-import pathlib
 import statistics
 import sys
 from collections.abc import Callable
@@ -22,121 +18,92 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 
-import jaxquant as jq
+from jaxquant import blocked
 from jaxquant.matmul import RMSNorm, SiluMul
+from jaxquant.matmul.act_quant_sm90 import quantize
 
-MS = (16, 64, 512, 4096, 8192)
-KS = (4096, 14336)
-NKS = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336))
-ROTATED_BYTES = 200 << 20
+# Odd numbers of tokens too: what is stored in pairs or by tiles has to end where they do.
+MS = (1, 5, 13, 16, 33, 64, 129, 512, 4096, 8192)
+KS = {"rms_norm": 4096, "none": 4096, "silu_mul": 14336}
+ROTATED_BYTES = 150 << 20
+MAX_SETS = 8
 REPEATS = 5
 
 
-@jax.jit(static_argnums=1)
-def random(key: Any, shape: tuple[int, ...]) -> jax.Array:
-    """BF16 of a normal distribution."""
-    return jax.random.normal(key, shape, jnp.bfloat16)
+def prologue_of(name: str) -> Any:
+    """What stands before."""
+    norm = RMSNorm(jax.random.normal(jax.random.key(1), (1, KS[name]), jnp.bfloat16), 1e-5)
+    return {"rms_norm": norm, "silu_mul": SiluMul(), "none": None}[name]
 
 
-def microseconds(run: Callable[..., Any], shape: tuple[int, ...]) -> float:
-    """Device time of the kernels of `run(x)`, x random of that shape."""
+def operands(M: int, name: str) -> list[jax.Array]:
+    """Tokens of widely different sizes, the first all zeros."""
+    columns = KS[name] * (2 if name == "silu_mul" else 1)
+    sets = max(1, min(MAX_SETS, ROTATED_BYTES // (M * columns * 2)))
+
+    @jax.jit
+    def make(key):
+        x, size = jax.random.normal(key, (M, columns)), jax.random.normal(key, (M, 1))
+        return (x * jnp.exp(4 * size if name == "none" else size)).at[0].set(0).astype("bfloat16")
+
+    return [make(key) for key in jax.random.split(jax.random.key(M), sets)]
+
+
+def differing(prologue: Any, x: jax.Array, qvalue: jax.Array, scale: jax.Array) -> int:
+    """Bytes and scales that are not those of XLA."""
+    expected = blocked.quantize_activations(x if prologue is None else prologue(x, 0))
+    M = len(x)
+
+    def bits(a):
+        return jax.lax.bitcast_convert_type(a, jnp.uint8 if a.dtype.itemsize == 1 else jnp.uint32)
+
+    pairs = zip((qvalue[:M], scale.T[:M]), expected, strict=True)
+    return sum(int((bits(a) != bits(b)).sum()) for a, b in pairs)
+
+
+def microseconds(run: Callable[[jax.Array], Any], xs: list[jax.Array]) -> float:
+    """Device time of one run."""
     from jax.experimental.mosaic.gpu import profiler
 
-    sets = max(2, ROTATED_BYTES // (2 * shape[0] * shape[1]))
-    xs = [random(jax.random.key(i), shape) for i in range(min(sets, 32))]
-    # Nothing is shared, and nothing dropped: each result is one of the program's.
-    program = jax.jit(lambda xs: [run(x) for x in xs]).lower(xs).compile()
-    jax.block_until_ready(program(xs))
-    cupti: Any = profiler.Cupti(finalize=False)
-    _, times = cupti.measure(program, iterations=REPEATS)(xs)
-    if not times:
-        raise RuntimeError("CUPTI saw no kernels")
-    return statistics.median(times) * 1e3 / len(xs)
+    def one(x):
+        times: Any
+        _, times = profiler.Cupti(finalize=False).measure(run)(x)
+        if times is None:
+            raise RuntimeError("CUPTI saw no kernels")
+        return times * 1e3
+
+    return statistics.median(one(x) for _ in range(REPEATS) for x in xs)
 
 
-def quantize_with(prologue: Any) -> Callable[[jax.Array], Any]:
-    """What quantizes the activations of a product."""
-    from jaxquant.matmul.act_quant_sm90 import quantize_activations, quantize_tokens
-    from jaxquant.matmul.sm90 import round_up
-
-    def run(x: jax.Array) -> Any:
-        M, A = x.shape
-        if prologue is None:
-            return quantize_activations(x, M, round_up(M, 64))
-        K = A // 2 if isinstance(prologue, SiluMul) else A
-        return quantize_tokens(prologue, x, jnp.zeros(1, jnp.int32), K, M, round_up(M, 64))
-
-    return run
-
-
-def rows() -> Any:
-    """What, shape, bytes and microseconds of everything."""
-
-    def copy(shape: tuple[int, ...]) -> Any:
-        # A plain copy XLA would leave out; the sign bit costs nothing beside the memory.
-        return "copy", shape, 4 * shape[0] * shape[1], microseconds(jnp.negative, shape)
-
-    for K in KS:
-        for M in MS:
-            yield copy((M, K))
-            quantized = M * K + 4 * M * (K // 128)
-            yield (
-                "activations",
-                (M, K),
-                2 * M * K + quantized,
-                microseconds(quantize_with(None), (M, K)),
-            )
-            norm = RMSNorm(random(jax.random.key(99), (1, K)), 1e-5)
-            yield (
-                "RMSNorm",
-                (M, K),
-                2 * M * K + quantized,
-                microseconds(quantize_with(norm), (M, K)),
-            )
-            yield (
-                "SiLU * up",
-                (M, K),
-                4 * M * K + quantized,
-                microseconds(quantize_with(SiluMul()), (M, 2 * K)),
-            )
-    for N, K in NKS:
-        yield copy((N, K))
-        nbytes = 3 * N * K + N * K // 4096
-        yield "weight", (N, K), nbytes, microseconds(jq.quantize, (N, K))
-
-
-HEADER = """\
-| what | rows | columns | microseconds | TB/s | of a copy |
-|------|-----:|--------:|-------------:|-----:|----------:|"""
+def row(M: int, name: str) -> str:
+    """One line of the table."""
+    K, prologue, xs = KS[name], prologue_of(name), operands(M, name)
+    layer, rows = jnp.zeros(1, jnp.int32), -(-M // 8) * 8
+    run = jax.jit(lambda x: quantize(prologue, x, layer, K, rows)).lower(xs[0]).compile()
+    wrong = differing(prologue, xs[0], *run(xs[0]))
+    if wrong and prologue is None:
+        raise RuntimeError(f"M = {M}, {name}: {wrong} bytes or scales are not those of XLA")
+    size = 2 * xs[0].size + M * K
+    copied = [jnp.full((size // 4,), i, jnp.bfloat16) for i in range(len(xs))]
+    ours, copy = microseconds(run, xs), microseconds(jax.jit(jnp.negative), copied)
+    cells = [M, K, name, f"{ours:.1f}", f"{size / ours / 1e6:.2f}", f"{copy:.1f}"]
+    cells += [f"{copy / ours:.2f}", f"{wrong / (M * K):.1e}"]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    default = pathlib.Path(__file__).parent / "results" / "quantize-h200.md"
-    parser.add_argument("-o", "--output", type=pathlib.Path, default=default)
+    parser.add_argument("-m", type=int, nargs="+", default=MS)
     args = parser.parse_args()
     device = jax.devices()[0]
     if device.platform != "gpu":
         sys.exit(f"benchmarks/quantize.py times GPU kernels; the device is a {device.platform}")
-    title = (
-        f"# Quantization against a copy\n\n{device.device_kind}, "
-        f"{datetime.date.today().isoformat()}, jax {jax.__version__}, jaxlib {jaxlib.__version__}, "
-        f"jaxquant {jq.__version__}. BF16 in, random data; kernel times by CUPTI. "
-        "`benchmarks/quantize.py` says what the rows are.\n"
-    )
-    lines = [title, HEADER]
-    print("\n".join(lines), flush=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    copied = 1.0
-    for what, (M, K), nbytes, time in rows():
-        rate = nbytes / time / 1e6
-        if what == "copy":
-            copied = rate
-        lines.append(f"| {what} | {M} | {K} | {time:.1f} | {rate:.2f} | {rate / copied:.2f} |")
-        print(lines[-1], flush=True)
-        args.output.write_text("\n".join(lines) + "\n")
+    print("| M | K | before | us | TB/s | copy us | of a copy | differing |")
+    print("|--:|--:|:-------|---:|-----:|--------:|----------:|----------:|")
+    for M in args.m:
+        for name in KS:
+            print(row(M, name), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,10 @@
-"""Quantizing activations on Hopper in one pass: each value is read once, from GMEM to SMEM."""
+"""Quantizing activations on Hopper: each value is read once, and little else is done with it.
 
+Three kernels, by what there is to do: `quantize_many` for prefill, `quantize_few` for so few
+tokens that the time is that of a launch, and `quantize_ragged` for K in no whole groups.
+"""
+
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,16 +16,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from jaxquant.blocked import ACTIVATION_AMAX_FLOOR, ACTIVATION_GROUP, ieee_divide
+from jaxquant.blocked import ACTIVATION_AMAX_FLOOR, ACTIVATION_GROUP
+from jaxquant.matmul.arithmetic_sm90 import approximate_reciprocal, quotient, reciprocal
 from jaxquant.matmul.prologue import Prologue, RMSNorm, SiluMul
-from jaxquant.matmul.sm90 import FP8, K_BLOCK, cdiv, in_stack, swizzled
+from jaxquant.matmul.sm90 import FP8, K_BLOCK, SMEM_BYTES, cdiv, in_stack, round_up, swizzled
 
-# Copies of one row, as of these scales, are linear: TMA would not stop them at the row's end. So
-# the scales have a whole number of tiles.
-TILE_M = 64
-# K blocks of one thread block, and how many there are when a thread block takes several.
-_MAX_BLOCKS = 4
-_MANY_BLOCKS = 1024
+# Scales have a whole number of so many columns, whichever kernel writes them.
+SCALE_COLUMNS = 64
 _FMAX = 448.0
 # 8 groups of 128 values over a warpgroup: 16 threads a group, 8 values (16 bytes of bfloat16) each.
 TILE_GROUPS = 8
@@ -30,12 +32,277 @@ GROUPS = plgpu.Layout.TILED(
     lane_dims=(-3, -2),
     vector_dim=-1,
 )
+# So few that a thread block for each leaves no multiprocessor with two.
+_FEW_TOKENS = 128
+# Groups of a token that a thread block takes where it need not take all; those that a copy brings;
+# those that a warpgroup has in its registers.
+_SHARE_GROUPS = 16
+_COPY_GROUPS = 4
+_UNROLLED = 2
+# Warpgroups of a thread block.
+_WARPGROUPS = 2
+_FEW_WARPGROUPS = 4
+# Thread blocks that share a multiprocessor have to leave room for each other.
+_MAX_TOKENS_BYTES = SMEM_BYTES // 2
+_RAGGED_TILE_M = 64
 
 
-def quantize_activations(
+def quantize(
+    prologue: Prologue | None,
+    x: Float[Array, "M A"],
+    layer: Int32[Array, "1"],
+    K: int,
+    rows: int,
+) -> tuple[Float[Array, "rows K"], Float32[Array, "(K+127)//128 S"]]:
+    """`jaxquant.blocked.quantize_activations(prologue(x, layer))`, in the products' layout.
+
+    The values are those of `quantize_activations` to the byte. An RMSNorm adds up its squares in
+    another order than XLA, and a SiluMul divides more coarsely: before it is rounded to x's dtype,
+    what they give may differ by an ulp.
+
+    Args:
+      prologue: RMSNorm with a weight `[L, K]` of x's dtype, SiluMul or None.
+      x: bfloat16 or float32.
+      layer: of the weights.
+      K: columns after the prologue, a multiple of 32.
+      rows: of the values, a multiple of 8 and at least M.
+
+    Returns:
+      float8_e4m3fn `[rows, K]`, and float32 scales, transposed: S is M rounded up to a multiple of
+      64. What belongs to rows from M on is undefined.
+    """
+    M = x.shape[0]
+    scale_rows = round_up(M, SCALE_COLUMNS)
+    whole = K % ACTIVATION_GROUP == 0
+    if whole and M <= _FEW_TOKENS and K >= TILE_GROUPS * ACTIVATION_GROUP:
+        return quantize_few(prologue, x, layer, K, rows, scale_rows)
+    norms = isinstance(prologue, RMSNorm)
+    fits = not norms or TILE_GROUPS * K * x.dtype.itemsize <= _MAX_TOKENS_BYTES
+    if prologue is not None and not (whole and fits):
+        x, prologue = prologue(x, layer[0]), None
+    if whole:
+        return quantize_many(prologue, x, layer, K, rows, scale_rows)
+    if M > TILE_GROUPS:  # fewer rows TMA pads itself
+        x = jnp.pad(x, ((0, -M % TILE_GROUPS), (0, 0)))
+    return quantize_ragged(x, rows, scale_rows)
+
+
+def quantize_many(
+    prologue: Prologue | None,
+    x: Float[Array, "M A"],
+    layer: Int32[Array, "1"],
+    K: int,
+    rows: int,
+    scale_rows: int,
+) -> tuple[Float[Array, "rows K"], Float32[Array, "groups scale_rows"]]:
+    """`quantize` of many tokens in whole groups.
+
+    A thread block brings 8 tokens to SMEM: all of them for an RMSNorm, which passes over them
+    twice, a share otherwise. Its warpgroups take groups of their own.
+    """
+    M, dtype, steps = x.shape[0], x.dtype, K // ACTIVATION_GROUP
+    norm = prologue if isinstance(prologue, RMSNorm) else None
+    halves = 2 if isinstance(prologue, SiluMul) else 1
+    # Groups of a thread block, of a warpgroup, of a copy.
+    share = steps if norm else _largest_divisor(steps, _SHARE_GROUPS // halves)
+    warpgroups = math.gcd(share, _WARPGROUPS)
+    own = share // warpgroups
+    copied = math.gcd(own, _COPY_GROUPS)
+    copies, unrolled = own // copied, math.gcd(copied, _UNROLLED)
+    weights = [norm.weight] if norm else []
+
+    def kernel(x_gmem, *refs):
+        *weight_gmem, layer_gmem, q_gmem, s_gmem, x_smem, s_smem, sums, landed, summed = refs
+        warpgroup = lax.axis_index("warpgroup")
+        tokens = pl.ds(lax.axis_index("m") * TILE_GROUPS, TILE_GROUPS)
+        first = (lax.axis_index("share") * warpgroups + warpgroup) * own
+
+        for i in range(copies):  # TMA reads rows from M on as zeros
+            for half in range(halves):
+                groups = pl.ds(half * steps + first + i * copied, copied)
+                plgpu.copy_gmem_to_smem(
+                    x_gmem.at[tokens, groups],
+                    x_smem.at[warpgroup, i, half],
+                    landed.at[warpgroup, i],
+                )
+
+        def load(i, j, half=0):
+            at = x_smem.at[warpgroup, i, half, :, j]
+            return plgpu.load(at, layout=GROUPS, optimized=False).astype(jnp.float32)
+
+        def inverse_norm(norm):
+            def add_squares(i, squares):
+                plgpu.barrier_wait(landed.at[warpgroup, i])
+                for j in range(copied):
+                    v = load(i, j)
+                    squares += v * v
+                return squares
+
+            zero = jnp.zeros((TILE_GROUPS, ACTIVATION_GROUP), jnp.float32)
+            squares = lax.fori_loop(0, copies, add_squares, plgpu.layout_cast(zero, GROUPS))
+            sums[warpgroup] = jnp.sum(squares, axis=1)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(summed)
+            plgpu.barrier_wait(summed)
+            rows = GROUPS.reduce(1)
+            parts = [
+                plgpu.load(sums.at[w], layout=rows, optimized=False) for w in range(warpgroups)
+            ]
+            inverse = lax.rsqrt(functools.reduce(jnp.add, parts) / K + norm.eps)
+            return lax.broadcast_in_dim(inverse, zero.shape, [0])
+
+        inverse = inverse_norm(norm) if norm else None
+        l = in_stack(layer_gmem[0], norm.weight.shape[0]) if norm else None
+
+        def read(i, j):
+            if halves == 2:
+                return _silu_mul(load(i, j), load(i, j, 1), dtype)
+            v = load(i, j)
+            if not norm:
+                return v
+            columns = pl.ds((first + i * copied + j) * ACTIVATION_GROUP, ACTIVATION_GROUP)
+            at = weight_gmem[0].at[l, columns]
+            weight = plgpu.load(at, layout=GROUPS.reduce(0), optimized=False).astype(jnp.float32)
+            return _normalize(v, inverse, lax.broadcast_in_dim(weight, v.shape, [1]), dtype)
+
+        @pl.loop(0, copies)
+        def _quantize(i):
+            if not norm:
+                plgpu.barrier_wait(landed.at[warpgroup, i])
+            for j in range(0, copied, unrolled):
+                # All loads before the first store, which they could not pass.
+                results = [quantize_groups(read(i, j + k)) for k in range(unrolled)]
+                for k, (qvalue, scale) in enumerate(results):
+                    group = i * copied + j + k
+                    columns = pl.ds((first + group) * ACTIVATION_GROUP, ACTIVATION_GROUP)
+                    q_gmem[tokens, columns] = qvalue.astype(FP8)
+                    s_smem[warpgroup, group] = scale
+
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(s_smem.at[warpgroup], s_gmem.at[pl.ds(first, own), tokens])
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((rows, K), FP8),
+            jax.ShapeDtypeStruct((steps, scale_rows), jnp.float32),
+        ),
+        scratch_types=[
+            # A tiling that tiles nothing: left to itself, Mosaic swizzles what TMA writes, and
+            # does not take it into account where it reads a slice.
+            plgpu.SMEM(
+                (warpgroups, copies, halves, TILE_GROUPS, copied, ACTIVATION_GROUP),
+                dtype,
+                transforms=(plgpu.TilingTransform((ACTIVATION_GROUP,)),),  # pyright: ignore[reportAbstractUsage]
+            ),
+            plgpu.SMEM((warpgroups, own, TILE_GROUPS), jnp.float32),
+            plgpu.SMEM((warpgroups, TILE_GROUPS), jnp.float32),
+            plgpu.Barrier(num_arrivals=halves, num_barriers=(warpgroups, copies)),
+            plgpu.Barrier(num_arrivals=warpgroups),
+        ],
+        grid=(cdiv(M, TILE_GROUPS), steps // share),
+        grid_names=("m", "share"),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
+        kernel_name="jaxquant_quantize_many",
+    )(x.reshape(M, -1, ACTIVATION_GROUP), *weights, layer)
+
+
+def quantize_few(
+    prologue: Prologue | None,
+    x: Float[Array, "M A"],
+    layer: Int32[Array, "1"],
+    K: int,
+    rows: int,
+    scale_rows: int | None = None,
+) -> tuple[Float[Array, "rows K"], Float32[Array, "..."]]:
+    """`quantize` of a few tokens in 8 or more whole groups.
+
+    A thread block has 8 groups of a token in its registers; or, where an RMSNorm has to see all of
+    a token, all.
+
+    Args:
+      prologue: see `quantize`.
+      x: likewise.
+      layer: likewise.
+      K: likewise.
+      rows: likewise.
+      scale_rows: of the scales; None to have the scales of a token side by side, `[M * groups]`.
+    """
+    M, dtype, steps = x.shape[0], x.dtype, K // ACTIVATION_GROUP
+    norm, tiles = prologue if isinstance(prologue, RMSNorm) else None, cdiv(steps, TILE_GROUPS)
+    warpgroups = min(_FEW_WARPGROUPS, tiles) if norm else 1
+    own = cdiv(tiles, warpgroups) if norm else 1
+    overlap = warpgroups * own * TILE_GROUPS != steps
+
+    def kernel(*refs):
+        *x_refs, layer_gmem, q_gmem, s_gmem, sums, summed = refs
+        m, warpgroup = lax.axis_index("m"), lax.axis_index("warpgroup")
+        tile = lax.axis_index("tile") + warpgroup * own
+        # A tile that would pass the end overlaps those before instead, and computes the same.
+        firsts = [jnp.minimum((tile + i) * TILE_GROUPS, steps - TILE_GROUPS) for i in range(own)]
+
+        def normalized(norm):
+            x_gmem, weight_gmem = x_refs
+            weights = in_stack(layer_gmem[0], weight_gmem.shape[0] // steps) * steps
+            values = [_load_groups(x_gmem, m * steps + first) for first in firsts]
+            scales = [_load_groups(weight_gmem, weights + first) for first in firsts]
+            squares = [
+                _square_from(v, (tile + i) * TILE_GROUPS - first, overlap)
+                for i, (v, first) in enumerate(zip(values, firsts, strict=True))
+            ]
+            sums[warpgroup] = jnp.sum(functools.reduce(jnp.add, squares), axis=1)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(summed)
+            plgpu.barrier_wait(summed)
+            parts = [_from(sums.at[w]) for w in range(warpgroups)]
+            inverse = lax.rsqrt(jnp.sum(functools.reduce(jnp.add, parts)) / K + norm.eps)
+            return [
+                _normalize(v, inverse, scale, dtype)
+                for v, scale in zip(values, scales, strict=True)
+            ]
+
+        if norm:
+            values = normalized(norm)
+        else:
+            read = apply_prologue(prologue, x_refs, None, m, None, steps)
+            values = [read(first) for first in firsts]
+        for v, first in zip(values, firsts, strict=True):
+            qvalue, scale = quantize_groups(v)
+            groups = pl.ds(m * steps + first, TILE_GROUPS)
+            q_gmem[groups, :] = qvalue.astype(FP8)
+            at = s_gmem.at[groups]
+            if scale_rows is not None:
+                at = s_gmem.at[pl.ds(first, TILE_GROUPS), m]
+            _store(at, scale)
+
+    scales = (M * steps,) if scale_rows is None else (steps, scale_rows)
+    qvalue, scale = plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((rows * steps, ACTIVATION_GROUP), FP8),
+            jax.ShapeDtypeStruct(scales, jnp.float32),
+        ),
+        scratch_types=[
+            plgpu.SMEM((warpgroups, TILE_GROUPS), jnp.float32),
+            plgpu.Barrier(num_arrivals=warpgroups),
+        ],
+        grid=(M, 1 if norm else tiles),
+        grid_names=("m", "tile"),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
+        kernel_name="jaxquant_quantize_few",
+    )(*groups_of(x, prologue), layer)
+    return qvalue.reshape(rows, K), scale
+
+
+def quantize_ragged(
     x: Float[Array, "M K"], rows: int, scale_rows: int
 ) -> tuple[Float[Array, "rows K"], Float32[Array, "(K+127)//128 scale_rows"]]:
-    """`jaxquant.blocked.quantize_activations`, to the byte, in the layout that the kernels read.
+    """`quantize` without a prologue, for K in whole groups or not.
 
     Args:
       x: bfloat16 or float32; K a multiple of 32, M one of 8 or less than 8.
@@ -47,13 +314,12 @@ def quantize_activations(
     """
     K = x.shape[1]
     steps = cdiv(K, K_BLOCK)
-    m_tiles = cdiv(max(rows, scale_rows), TILE_M)
-    # Few tokens: a thread block for each K block, to be done sooner.
-    blocks = math.gcd(steps, _MAX_BLOCKS) if m_tiles * steps > _MANY_BLOCKS else 1
-    tile = (blocks, TILE_M, K_BLOCK)
+    m_tiles = cdiv(max(rows, scale_rows), _RAGGED_TILE_M)
+    blocks = math.gcd(steps, _COPY_GROUPS)
+    tile = (blocks, _RAGGED_TILE_M, K_BLOCK)
 
     def kernel(x_gmem, q_gmem, s_gmem, x_smem, q_smem, s_smem, landed):
-        tokens = pl.ds(lax.axis_index("m") * TILE_M, TILE_M)
+        tokens = pl.ds(lax.axis_index("m") * _RAGGED_TILE_M, _RAGGED_TILE_M)
         kb0 = lax.axis_index("k") * blocks
 
         def columns(i):
@@ -66,9 +332,8 @@ def quantize_activations(
         def _quantize(i):
             plgpu.barrier_wait(landed.at[i])
             v = plgpu.load(x_smem.at[i], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-            amax = jnp.maximum(jnp.max(jnp.abs(v), axis=1), ACTIVATION_AMAX_FLOOR)
-            scale = ieee_divide(amax, jnp.full_like(amax, _FMAX))
-            q_smem[i] = _divide_for_rounding(v, scale).astype(FP8)
+            qvalue, scale = quantize_groups(v, plgpu.Layout.WGMMA)
+            q_smem[i] = qvalue.astype(FP8)
             s_smem[i] = scale
 
         plgpu.commit_smem()
@@ -87,149 +352,13 @@ def quantize_activations(
         scratch_types=[
             plgpu.SMEM(tile, x.dtype, transforms=swizzled(K, x.dtype)),
             plgpu.SMEM(tile, FP8, transforms=swizzled(K, FP8)),
-            plgpu.SMEM((blocks, TILE_M), jnp.float32),
+            plgpu.SMEM((blocks, _RAGGED_TILE_M), jnp.float32),
             plgpu.Barrier(num_barriers=blocks),
         ],
         grid=(m_tiles, steps // blocks),
         grid_names=("m", "k"),
-        kernel_name="jaxquant_quantize_activations",
+        kernel_name="jaxquant_quantize_ragged",
     )(x)
-
-
-def quantize_tokens(
-    prologue: Prologue | None,
-    x: Float[Array, "M A"],
-    layer: Int32[Array, "1"],
-    K: int,
-    rows: int,
-    scale_rows: int,
-) -> tuple[Float[Array, "rows K"], Float32[Array, "blocks scale_rows"]]:
-    """`quantize_activations(prologue(x, layer))` in one kernel; what is from row M on is undefined.
-
-    A thread block has 8 tokens and some K blocks. For RMSNorm it adds up the squares of all of a
-    token, in another order than XLA: the quotient may differ by an ulp, before it is rounded.
-
-    Args:
-      prologue: RMSNorm with a weight `[L, K]` of x's dtype, SiluMul or None.
-      x: bfloat16 or float32, M at least 8.
-      layer: of the weights.
-      K: columns of the result, a multiple of 128.
-      rows: of the values, at least M.
-      scale_rows: columns of the scales, at least M.
-
-    Returns:
-      float8_e4m3fn `[rows, K]` and float32 scales `[K / 128, scale_rows]`.
-    """
-    M, dtype = x.shape[0], x.dtype
-    steps, m_tiles = K // ACTIVATION_GROUP, cdiv(M, TILE_GROUPS)
-    # Few tokens: few K blocks for each thread block, to be done sooner.
-    fits = (d for d in range(steps, 0, -1) if steps % d == 0 and m_tiles * d <= _MANY_BLOCKS)
-    shares = next(fits, 1)
-    blocks = steps // shares
-    weights = [prologue.weight] if isinstance(prologue, RMSNorm) else []
-
-    def kernel(x_gmem, *refs):
-        *weight_gmem, layer_gmem, q_gmem, s_gmem, scratch = refs
-        # The last tile overlaps the one before rather than the end, and computes the same.
-        tokens = pl.ds(jnp.minimum(lax.axis_index("m") * TILE_GROUPS, M - TILE_GROUPS), TILE_GROUPS)
-
-        def columns(kb):
-            return pl.ds(kb * ACTIVATION_GROUP, ACTIVATION_GROUP)
-
-        def load(kb):
-            at = x_gmem.at[tokens, columns(kb)]
-            return plgpu.load(at, layout=GROUPS, optimized=False).astype(jnp.float32)
-
-        l = inverse = None
-        if isinstance(prologue, RMSNorm):
-            zero = jnp.zeros((TILE_GROUPS, ACTIVATION_GROUP), jnp.float32)
-            squares = plgpu.layout_cast(zero, GROUPS)
-            unrolled = math.gcd(steps, 4 * _MAX_BLOCKS)
-
-            def add_squares(i, squares):
-                for j in range(unrolled):
-                    v = load(i * unrolled + j)
-                    squares += v * v
-                return squares
-
-            squares = lax.fori_loop(0, steps // unrolled, add_squares, squares)
-            inverse = lax.rsqrt(jnp.sum(squares, axis=1) / K + prologue.eps)
-            inverse = lax.broadcast_in_dim(inverse, (TILE_GROUPS, ACTIVATION_GROUP), [0])
-            l = in_stack(layer_gmem[0], prologue.weight.shape[0])
-
-        def read(kb):
-            if isinstance(prologue, SiluMul):
-                return _silu_mul(load(kb), load(steps + kb), dtype)
-            if isinstance(prologue, RMSNorm):
-                at = weight_gmem[0].at[l, columns(kb)]
-                weight = plgpu.load(at, layout=GROUPS.reduce(0), optimized=False)
-                weight = lax.broadcast_in_dim(
-                    weight.astype(jnp.float32), (TILE_GROUPS, ACTIVATION_GROUP), [1]
-                )
-                return _normalize(load(kb), inverse, weight, dtype)
-            return load(kb)
-
-        unrolled_blocks = math.gcd(blocks, _MAX_BLOCKS)
-
-        @pl.loop(0, blocks // unrolled_blocks)
-        def _quantize(i):
-            first = lax.axis_index("share") * blocks + i * unrolled_blocks
-            # All loads before the first store, which they could not pass.
-            results = [quantize_groups(read(first + j)) for j in range(unrolled_blocks)]
-            for j, (qvalue, scale) in enumerate(results):
-                q_gmem[tokens, columns(first + j)] = qvalue.astype(FP8)
-                scratch[j] = scale
-            plgpu.commit_smem()
-            for j in range(unrolled_blocks):
-                _store(s_gmem.at[first + j, tokens], _from(scratch.at[j]))
-
-    return plgpu.kernel(
-        kernel,
-        out_type=(
-            jax.ShapeDtypeStruct((rows, K), FP8),
-            jax.ShapeDtypeStruct((steps, scale_rows), jnp.float32),
-        ),
-        scratch_types=[plgpu.SMEM((_MAX_BLOCKS, TILE_GROUPS), jnp.float32)],
-        grid=(m_tiles, shares),
-        grid_names=("m", "share"),
-        kernel_name="jaxquant_quantize_tokens",
-    )(x, *weights, layer)
-
-
-def quantize_token(
-    prologue: Prologue | None, x: Float[Array, "M A"], layer: Int32[Array, "1"], K: int
-) -> tuple[Float[Array, "M K"], Float32[Array, " groups"]]:
-    """`quantize_tokens` for a few, a thread block for 8 groups of one, K at least 1024.
-
-    Returns:
-      float8_e4m3fn `[M, K]`, and the scales of a token side by side.
-    """
-    M, steps = x.shape[0], K // ACTIVATION_GROUP
-
-    def kernel(*refs):
-        *x_refs, layer_gmem, q_gmem, s_gmem, scratch = refs
-        m = lax.axis_index("m")
-        read = apply_prologue(prologue, x_refs, scratch, m, layer_gmem[0], steps)
-        group = jnp.minimum(lax.axis_index("tile") * TILE_GROUPS, steps - TILE_GROUPS)
-        qvalue, scale = quantize_groups(read(group))
-        at = pl.ds(m * steps + group, TILE_GROUPS)
-        q_gmem[at, :] = qvalue.astype(FP8)
-        scratch[...] = scale
-        plgpu.commit_smem()
-        _store(s_gmem.at[at], _from(scratch))
-
-    qvalue, scale = plgpu.kernel(
-        kernel,
-        out_type=(
-            jax.ShapeDtypeStruct((M * steps, ACTIVATION_GROUP), FP8),
-            jax.ShapeDtypeStruct((M * steps,), jnp.float32),
-        ),
-        scratch_types=[plgpu.SMEM((TILE_GROUPS,), jnp.float32)],
-        grid=(M, cdiv(steps, TILE_GROUPS)),
-        grid_names=("m", "tile"),
-        kernel_name="jaxquant_quantize_token",
-    )(*groups_of(x, prologue), layer)
-    return qvalue.reshape(M, K), scale
 
 
 def groups_of(x: Float[Array, "M A"], prologue: Prologue | None) -> list[Array]:
@@ -254,16 +383,12 @@ def apply_prologue(
     x_gmem = refs[0]
     dtype = x_gmem.dtype
 
-    def load(ref, group):
-        at = ref.at[pl.ds(group, TILE_GROUPS), :]
-        return plgpu.load(at, layout=GROUPS, optimized=False).astype(jnp.float32)
-
     if isinstance(prologue, SiluMul):
         gates = m * 2 * steps
 
         def silu_mul(group):
-            gate, up = load(x_gmem, gates + group), load(x_gmem, gates + steps + group)
-            return _silu_mul(gate, up, dtype)
+            gate = _load_groups(x_gmem, gates + group)
+            return _silu_mul(gate, _load_groups(x_gmem, gates + steps + group), dtype)
 
         return silu_mul
     if isinstance(prologue, RMSNorm):
@@ -273,11 +398,8 @@ def apply_prologue(
         squares = plgpu.layout_cast(jnp.zeros((TILE_GROUPS, ACTIVATION_GROUP), jnp.float32), GROUPS)
         for first in range(0, steps, TILE_GROUPS):
             group = min(first, steps - TILE_GROUPS)
-            v = load(x_gmem, m * steps + group)
-            if group < first:  # count no group twice
-                row = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=GROUPS)
-                v = jnp.where(row >= first - group, v, 0.0)
-            squares += v * v
+            v = _load_groups(x_gmem, m * steps + group)
+            squares += _square_from(v, first - group, group < first)
         # Mosaic adds up a whole array only where each thread has a stride of it.
         scratch[...] = jnp.sum(squares, axis=1)
         plgpu.commit_smem()
@@ -285,20 +407,41 @@ def apply_prologue(
         inverse = lax.rsqrt(total / (steps * ACTIVATION_GROUP) + prologue.eps)
 
         def rms_norm(group):
-            v = load(x_gmem, m * steps + group)
-            return _normalize(v, inverse, load(weight_gmem, weights + group), dtype)
+            v = _load_groups(x_gmem, m * steps + group)
+            return _normalize(v, inverse, _load_groups(weight_gmem, weights + group), dtype)
 
         return rms_norm
-    return lambda group: load(x_gmem, m * steps + group)
+    return lambda group: _load_groups(x_gmem, m * steps + group)
+
+
+def _load_groups(ref: Any, group: Any) -> Float32[Array, "8 128"]:
+    at = ref.at[pl.ds(group, TILE_GROUPS), :]
+    return plgpu.load(at, layout=GROUPS, optimized=False).astype(jnp.float32)
+
+
+def _square_from(v: Array, row: Any, overlaps: bool) -> Array:
+    """v squared, and zero before a row where tiles overlap: no group is to count twice."""
+    if overlaps:
+        v = jnp.where(plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=GROUPS) >= row, v, 0.0)
+    return v * v
 
 
 def quantize_groups(
-    v: Float32[Array, "groups 128"],
+    v: Float32[Array, "groups 128"], layout: Any = GROUPS
 ) -> tuple[Float32[Array, "groups 128"], Float32[Array, " groups"]]:
-    """Values to be rounded to FP8, and scales, of activations in registers."""
+    """Values to be rounded to FP8, and scales, of activations in registers in that layout."""
+    rows = layout.reduce(1)
+
+    def constant(value):
+        return plgpu.layout_cast(jnp.full(amax.shape, value, jnp.float32), rows)
+
+    def spread(a):
+        return lax.broadcast_in_dim(a, v.shape, [0])
+
     amax = jnp.maximum(jnp.max(jnp.abs(v), axis=1), ACTIVATION_AMAX_FLOOR)
-    scale = ieee_divide(amax, jnp.full_like(amax, _FMAX))
-    return _divide_for_rounding(v, scale), scale
+    scale = quotient(amax, constant(_FMAX), constant(1 / _FMAX), rows)
+    inverse = reciprocal(scale, rows)
+    return quotient(v, spread(scale), spread(inverse), layout), scale
 
 
 def _from(scratch: Any) -> Float32[Array, "8"]:
@@ -315,7 +458,8 @@ def _store(ref: Any, value: Array) -> None:
 
 
 def _silu_mul(gate: Array, up: Array, dtype: Any) -> Array:
-    return (gate / (1 + jnp.exp(-gate)) * up).astype(dtype).astype(jnp.float32)
+    logistic = approximate_reciprocal(1 + jnp.exp(-gate), GROUPS)
+    return (gate * logistic * up).astype(dtype).astype(jnp.float32)
 
 
 def _normalize(v: Array, inverse: Any, weight: Array, dtype: Any) -> Array:
@@ -323,26 +467,5 @@ def _normalize(v: Array, inverse: Any, weight: Array, dtype: Any) -> Array:
     return (normed * weight).astype(dtype).astype(jnp.float32)
 
 
-def _divide_for_rounding(v: Float32[Array, "M K"], scale: Float32[Array, "M"]) -> Array:
-    """A number that rounds to the same FP8 value as IEEE's `v / scale[:, None]` does.
-
-    The GPU's division is off by up to 2 ulp, which matters where the quotient is as good as
-    halfway between two FP8 values. Such a number has 5 significant bits at most, so take the
-    nearest one of 5 bits; its remainder, exact where it is small, leads to the quotient.
-    """
-    high = _round_bits(scale, 12)  # and 12 bits are left, so that products with 5 bits are exact
-
-    def rows(a):
-        return lax.broadcast_in_dim(a, v.shape, [0])
-
-    inverse = rows(1 / scale)
-    halfway = _round_bits(v * inverse, 19)
-    remainder = (v - halfway * rows(high)) - halfway * rows(scale - high)
-    return jnp.where(remainder == 0, halfway, halfway + remainder * inverse)
-
-
-def _round_bits(x: Array, dropped: int) -> Array:
-    """x rounded to nearest with its `dropped` last bits zero."""
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    bits = (bits + (1 << (dropped - 1))) & -(1 << dropped)
-    return lax.bitcast_convert_type(bits, jnp.float32)
+def _largest_divisor(n: int, most: int) -> int:
+    return next(d for d in range(min(n, most), 0, -1) if n % d == 0)

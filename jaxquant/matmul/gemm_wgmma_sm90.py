@@ -12,12 +12,12 @@ this is written for: both take `plgpu.wgmma`.
 from typing import Any
 
 import jax.numpy as jnp
-from jax._src import config as jax_config
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array, mma_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import llvm
 
+from jaxquant.matmul.arithmetic_sm90 import interpreted
 from jaxquant.matmul.sm90 import FP8, K_BLOCK, multiply, swizzled
 
 _LAYOUT = plgpu.Layout.WGMMA
@@ -81,10 +81,7 @@ def wait(block: Any, K: int, pending: int = 0) -> Any:
 
 
 def _as_ptx(K: int) -> bool:
-    # No public name says that the interpreter is to run the kernel.
-    mode = getattr(jax_config, "pallas_tpu_interpret_mode_context_manager", None)
-    interpreted = mode is not None and mode.value is not None
-    return K % K_BLOCK == 0 and not interpreted
+    return K % K_BLOCK == 0 and not interpreted()
 
 
 def _multiply_ptx(n: int) -> str:

@@ -151,21 +151,15 @@ def _run(
     """Quantizes x and multiplies: in one kernel for a token or so, in two otherwise."""
     # Imported here: Mosaic GPU is there only where jaxlib was built with it.
     from jaxquant.matmul import decode_sm90, gemm_sm90, gemv_sm90
-    from jaxquant.matmul.act_quant_sm90 import (
-        TILE_GROUPS,
-        TILE_M,
-        quantize_activations,
-        quantize_token,
-        quantize_tokens,
-    )
-    from jaxquant.matmul.sm90 import K_BLOCK, round_up
+    from jaxquant.matmul.act_quant_sm90 import quantize, quantize_few
+    from jaxquant.matmul.sm90 import round_up
 
     qvalue, scale, prologue, bias = stacks
     M, (N, K) = x.shape[0], qvalue.shape[1:]
     if gemv_sm90.takes(M, K):
         sx = None
         if isinstance(prologue, SiluMul):  # too much for every thread block to do
-            x, sx = quantize_token(prologue, x, layer, K)
+            x, sx = quantize_few(prologue, x, layer, K, M)
             prologue = None
         config = gemv_sm90.default_config(N, K, sms)
         return gemv_sm90.gemv(
@@ -174,14 +168,7 @@ def _run(
         )  # fmt: skip
     decodes = decode_sm90.takes(M, N, sms)
     rows = decode_sm90.padded_tokens(M) if decodes else round_up(M, _M_ALIGNMENT)
-    scale_rows = round_up(M, TILE_M)
-    if prologue is not None and M >= TILE_GROUPS and K % K_BLOCK == 0:
-        xq, sx = quantize_tokens(prologue, x, layer, K, rows, scale_rows)
-    else:
-        x = x if prologue is None else prologue(x, layer[0])
-        if M > _M_ALIGNMENT:  # fewer rows TMA pads itself
-            x = jnp.pad(x, ((0, -M % _M_ALIGNMENT), (0, 0)))
-        xq, sx = quantize_activations(x, rows, scale_rows)
+    xq, sx = quantize(prologue, x, layer, K, rows)
     if decodes:
         config = decode_sm90.default_config(M, N, K, sms)
         y = decode_sm90.decode(
@@ -189,7 +176,10 @@ def _run(
         )
     else:
         config = gemm_sm90.default_config(M, N, K, sms)
+        added = None
+        if bias is None and gemm_sm90.adds_residual(M, N, out_dtype, config):
+            added, residual = residual, None
         y = gemm_sm90.gemm(
-            xq, sx, qvalue, scale, layer, out_dtype=out_dtype, config=config, sms=sms
+            xq, sx, qvalue, scale, layer, added, out_dtype=out_dtype, config=config, sms=sms
         )[:M]
     return finish(y, layer[0], out_dtype, bias, residual)

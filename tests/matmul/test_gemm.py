@@ -47,9 +47,10 @@ def operands(M, N, K, kind=normal, layers=1):
     return (jnp.asarray(xq), jnp.asarray(sx), w.qvalue, w.scale), a @ np.swapaxes(b, -1, -2)
 
 
-def run(args, config, layer=0, out_dtype=BF16):
+def run(args, config, layer=0, out_dtype=BF16, residual=None):
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    return gemm_sm90.gemm(*args, layer, out_dtype=out_dtype, config=config, sms=SMS)
+    options = {"out_dtype": out_dtype, "config": config, "sms": SMS}
+    return gemm_sm90.gemm(*args, layer, residual=residual, **options)
 
 
 def assert_close(y, expected):
@@ -91,6 +92,41 @@ def test_values_that_are_hard(interpreter, kind):
     assert_close(run(args, Config(128, True, 192)), expected[0])
 
 
+# Tiles that end inside the result and outside it; less than a pair of blocks, a pair, more.
+@pytest.mark.parametrize(
+    ("config", "K"),
+    [
+        (Config(64, False), 672),
+        (Config(128, False), 128),
+        (Config(128, False), 256),
+        (Config(128, False), 672),
+        (Config(128, True, 192), 672),
+        (Config(256, True), 128),
+        (Config(256, True), 672),
+    ],
+)
+def test_a_residual_is_added_to_the_rounded_product(interpreter, config, K):
+    args, _ = operands(136, 320, K)
+    residual = jnp.asarray(make_weight(normal, (136, 320), BF16, 2))
+    assert gemm_sm90.can_add_residual(136, 320, BF16, config)
+    expected = run(args, config) + residual
+    assert numpy_reference.differing(run(args, config, residual=residual), expected) == 0
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "out_dtype"), [(12, 256, BF16), (16, 264, BF16), (16, 64, BF16), (16, 256, F32)]
+)
+def test_a_residual_that_copies_do_not_fit_is_left_to_xla(M, N, out_dtype):
+    assert not gemm_sm90.can_add_residual(M, N, out_dtype, Config(256, True))
+
+
+def test_a_residual_is_added_where_that_was_measured():
+    measured, other = Config(128, True, 192), Config(256, True)
+    assert gemm_sm90.adds_residual(8192, 4096, BF16, measured)
+    assert not gemm_sm90.adds_residual(8192, 4096, BF16, other)
+    assert not gemm_sm90.adds_residual(8191, 4096, BF16, measured)
+
+
 def test_few_columns(interpreter):
     args, expected = operands(16, 8, 160)
     assert_close(run(args, Config(256, True)), expected[0])
@@ -106,11 +142,12 @@ def test_a_traced_layer_of_a_stack(interpreter):
 
 @pytest.mark.parametrize("config", [Config(128, False), Config(256, True)])
 def test_no_two_threads_race(config):
-    args, expected = operands(16, 264, 512)
+    args, expected = operands(16, 320, 512)
+    residual = jnp.asarray(make_weight(normal, (16, 320), BF16, 2))
     with interpret(detect_races=True):
-        y = run(args, config)
+        y = run(args, config, residual=residual)
         found = gpu_callbacks.get_races().races_found
-    assert_close(y, expected[0])
+    assert_close(y, expected[0] + np.asarray(residual, np.float64))
     assert not found
 
 

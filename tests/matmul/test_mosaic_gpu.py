@@ -21,9 +21,18 @@ from numpy_reference import BF16, heavy_tailed, make_weight, normal, zero_blocks
 from jaxquant import blocked, hopper as hopper_module
 from jaxquant.array import QuantizedArray
 from jaxquant.config import QuantConfig
-from jaxquant.matmul import RMSNorm, SiluMul, decode_sm90, gemm_sm90, gemv_sm90, mosaic_gpu
-from jaxquant.matmul.act_quant_sm90 import quantize_activations, quantize_token, quantize_tokens
+from jaxquant.matmul import (
+    RMSNorm,
+    SiluMul,
+    act_quant_sm90,
+    decode_sm90,
+    gemm_sm90,
+    gemv_sm90,
+    mosaic_gpu,
+)
+from jaxquant.matmul.act_quant_sm90 import quantize, quantize_few
 from jaxquant.matmul.api import matmul
+from jaxquant.matmul.sm90 import round_up
 
 # Few, so that a thread block goes through several tiles.
 SMS = 2
@@ -120,9 +129,13 @@ def test_every_cut_of_the_decode_kernel(hopper, tile_n, splits):
     assert_close(y, expected)
 
 
-@pytest.mark.parametrize(("dtype", "K"), [(BF16, 416), (F32, 96)])
-def test_activations_are_quantized_to_the_byte(hopper, dtype, K):
-    x = np.array(make_weight(heavy_tailed, (24, K), dtype, 3))
+# One kernel for K in no whole groups, one for few tokens, one for many.
+@pytest.mark.parametrize(
+    ("M", "K", "dtype"),
+    [(24, 416, BF16), (24, 96, F32), (12, 1024, F32), (133, 256, BF16), (131, 384, F32)],
+)
+def test_activations_are_quantized_to_the_byte(hopper, M, K, dtype):
+    x = np.array(make_weight(heavy_tailed, (M, K), dtype, 3))
     x[0], x[1, :8], x[2, 0] = 0, -0.0, 1e-12
     # Quotients halfway between two FP8 values, and beside it.
     scale = np.float32(3e-3)
@@ -130,11 +143,13 @@ def test_activations_are_quantized_to_the_byte(hopper, dtype, K):
     x[3, 0], x[3, 1:31] = 448 * scale, halves.astype(dtype)
     x[4:10, 1:31] = halves.astype(F32) * (1 + np.arange(-3, 3)[:, None] * 2.0**-23)
     x[4:10, 0] = 448 * scale
-    qvalue, scale = quantize_activations(jnp.asarray(x), 64, 64)
+    x[10, 0], x[10, 1] = np.float32(1.75 - 2.0**-23), 2.0**-18  # a scale of 24 ones
+    rows = round_up(M, 8)
+    qvalue, scale = quantize(None, jnp.asarray(x), jnp.zeros(1, jnp.int32), K, rows)
+    assert (qvalue.shape, scale.shape) == ((rows, K), (-(-K // 128), round_up(M, 64)))
     expected_qvalue, expected_scale = numpy_reference.quantize_activations(x)
-    assert numpy_reference.differing(qvalue[:24], expected_qvalue) == 0
-    assert numpy_reference.differing(scale.T[:24], expected_scale) == 0
-    assert not np.asarray(qvalue[24:], F32).any()
+    assert numpy_reference.differing(qvalue[:M], expected_qvalue) == 0
+    assert numpy_reference.differing(scale.T[:M], expected_scale) == 0
 
 
 def prologue_of(name: str, K: int, dtype: np.dtype = BF16) -> Any:
@@ -145,22 +160,37 @@ def prologue_of(name: str, K: int, dtype: np.dtype = BF16) -> Any:
 
 @pytest.mark.parametrize(
     ("M", "K", "name", "dtype"),
-    [(13, 384, "rms_norm", BF16), (8, 128, "silu_mul", F32), (10, 256, "none", BF16)],
+    [
+        (133, 256, "rms_norm", BF16),
+        (131, 128, "silu_mul", F32),
+        (129, 2176, "silu_mul", BF16),  # 17 groups, which nothing divides
+        (3, 1152, "rms_norm", BF16),  # the last 8 groups overlap the ones before
+        (2, 5120, "rms_norm", BF16),  # more tiles than warpgroups, and not a multiple
+        (9, 1024, "silu_mul", BF16),
+        (6, 1280, "none", F32),
+        (8, 160, "rms_norm", BF16),  # by XLA
+    ],
 )
 def test_tokens_are_quantized_after_a_prologue(hopper, M, K, name, dtype):
-    x = tokens((M, 2 * K if name == "silu_mul" else K), heavy_tailed, dtype)
-    prologue = prologue_of(name, K, dtype)
-    layer = jnp.full(1, -2, jnp.int32)
-    qvalue, scale = quantize_tokens(prologue, x, layer, K, rows=16, scale_rows=64)
+    x = tokens((M, 2 * K if name == "silu_mul" else K), dtype=dtype)
+    prologue, layer = prologue_of(name, K, dtype), jnp.full(1, -2, jnp.int32)
+    qvalue, scale = quantize(prologue, x, layer, K, round_up(M, 8))
     assert_quantized(qvalue[:M], scale.T[:M], x if prologue is None else prologue(x, 1))
 
 
+def test_tokens_that_smem_does_not_hold_are_normalized_before(hopper, monkeypatch):
+    monkeypatch.setattr(act_quant_sm90, "_MAX_TOKENS_BYTES", 8 * 256)
+    x, norm = tokens((136, 256)), prologue_of("rms_norm", 256)
+    qvalue, scale = quantize(norm, x, jnp.zeros(1, jnp.int32), 256, 136)
+    assert_quantized(qvalue, scale.T[:136], norm(x, 0))
+
+
 @pytest.mark.parametrize("name", ["rms_norm", "silu_mul", "none"])
-def test_a_token_is_quantized_after_a_prologue(hopper, name):
-    K = 1152  # whose last 8 groups overlap the ones before
+def test_scales_of_a_token_side_by_side(hopper, name):
+    K = 1152
     x = tokens((2, 2 * K if name == "silu_mul" else K))
     prologue = prologue_of(name, K)
-    qvalue, scale = quantize_token(prologue, x, jnp.full(1, 2, jnp.int32), K)
+    qvalue, scale = quantize_few(prologue, x, jnp.full(1, 2, jnp.int32), K, 2)
     assert_quantized(qvalue, scale.reshape(2, -1), x if prologue is None else prologue(x, 2))
 
 
@@ -182,7 +212,7 @@ def assert_quantized(qvalue: Any, scale: Any, x: jax.Array) -> None:
 @pytest.mark.parametrize("quantized", [False, True])
 def test_every_cut_of_the_kernel_for_one_token(hopper, M, N, K, rows, consumers, dtype, quantized):
     x, w, layer = tokens((M, K), dtype=dtype), weight((1, N, K)), jnp.zeros(1, jnp.int32)
-    x_operands = quantize_token(None, x, layer, K) if quantized else (x, None)
+    x_operands = quantize_few(None, x, layer, K, M) if quantized else (x, None)
     config = gemv_sm90.Config(rows, consumers)
     y = gemv_sm90.gemv(
         *x_operands, w.qvalue, w.scale, layer, out_dtype=dtype, config=config, sms=SMS

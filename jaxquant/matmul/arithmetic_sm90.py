@@ -1,0 +1,69 @@
+"""Float32 instructions of Hopper that Pallas has no name for.
+
+A division by `/` is off by up to 2 ulp; the compiler makes of a product and a sum one instruction
+or two, as it likes. With the instructions themselves a correctly rounded quotient takes three.
+
+Pallas' interpreter runs no PTX: there IEEE's operators do the same.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax._src import config as jax_config
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import math as mlir_math
+from jaxtyping import Array, Float32
+
+from jaxquant.blocked import ieee_divide
+
+
+def interpreted() -> bool:
+    """Whether Pallas' interpreter is to run the kernel that is being traced."""
+    # No public name says so.
+    mode = getattr(jax_config, "pallas_tpu_interpret_mode_context_manager", None)
+    return mode is not None and mode.value is not None
+
+
+def reciprocal(x: Float32[Array, "..."], layout: Any) -> Float32[Array, "..."]:
+    """`1 / x`, correctly rounded."""
+    return 1 / x if interpreted() else _pointwise(_instruction("rcp.rn.f32"), layout, x)
+
+
+def approximate_reciprocal(x: Float32[Array, "..."], layout: Any) -> Float32[Array, "..."]:
+    """`1 / x` to within an ulp, in one instruction; 0 if the result is subnormal."""
+    return 1 / x if interpreted() else _pointwise(_instruction("rcp.approx.ftz.f32"), layout, x)
+
+
+def quotient(a: Array, b: Array, inverse: Array, layout: Any) -> Float32[Array, "..."]:
+    """a / b, correctly rounded, where all that is computed is a normal number.
+
+    P. Markstein, Computation of elementary functions on the IBM RISC System/6000 processor, 1990.
+
+    Args:
+      a: a float32 value in registers.
+      b: likewise, > 0.
+      inverse: `reciprocal(b)`.
+      layout: of all three.
+    """
+    if interpreted():
+        return ieee_divide(a, b)
+    q = a * inverse
+    # The excess, not what is missing: so that -0 stays -0.
+    excess = _pointwise(mlir_math.fma, layout, q, b, -a)
+    return _pointwise(mlir_math.fma, layout, -excess, inverse, q)
+
+
+def _instruction(name: str) -> Callable[..., Any]:
+    return mgpu.FragmentedArray._lift_fast_instr(name)
+
+
+def _pointwise(operation: Callable[..., Any], layout: Any, *operands: Array) -> Array:
+    result = plgpu.ShapeDtypeStruct(operands[0].shape, jnp.dtype(jnp.float32), layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(layout,) * len(operands), return_type=result)
+    def run(_, first, *others):
+        return first._pointwise(operation, *others)
+
+    return run(*operands)  # pyright: ignore[reportCallIssue]
