@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 import jax
+from jax._src import config as jax_config
 from jax.core import Tracer
 
 _logger = logging.getLogger(__name__)
@@ -32,6 +33,13 @@ def multiprocessors(x: Any, what: str) -> int:
         return device.core_count
     _log_once(f"{reason}: {what} run through XLA")
     raise NotImplementedError(reason)
+
+
+def interpreted() -> bool:
+    """Whether Pallas' interpreter is to run kernels, on a CPU."""
+    # No public name says so.
+    mode = getattr(jax_config, "pallas_tpu_interpret_mode_context_manager", None)
+    return mode is not None and mode.value is not None
 
 
 def _device(x: Any) -> Any:

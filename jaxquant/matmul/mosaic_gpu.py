@@ -2,22 +2,24 @@
 
 A product of one token, or a few, is one kernel, `gemv`, with all that stands around it. Others are
 two: one that quantizes the activations after the prologue, and one that multiplies, `decode` for
-few tokens or `gemm` for many. They are for Hopper (compute capability 9.0); every other device
-keeps the XLA reference.
+few tokens or `gemm` for many. A weight-only product is one kernel, `w8a16`, after what XLA makes of
+the prologue. They are for Hopper (compute capability 9.0); every other device keeps the XLA
+reference.
 """
 
 import dataclasses
 import functools
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, BFloat16, Float, Int32
 
 from jaxquant.array import QuantizedArray
 from jaxquant.hopper import multiprocessors
+from jaxquant.matmul.partition import across_devices
 from jaxquant.matmul.prologue import Prologue, RMSNorm, SiluMul
 from jaxquant.matmul.xla import finish
 
@@ -44,8 +46,9 @@ def matmul(
       NotImplementedError: the device or the operands are not what the kernels take; says why.
     """
     sms = multiprocessors(x, "FP8 products")
-    if not _fuses(prologue, x):
-        x, prologue = cast(Any, prologue)(x, layer), None
+    weight_only = w.activation_scheme is None
+    if prologue is not None and (weight_only or not _fuses(prologue, x)):
+        x, prologue = prologue(x, layer), None
     _check_operands(x, w, out_dtype)
     out_dtype = jnp.dtype(out_dtype)
     stacks = jnp.asarray(w.qvalue), jnp.asarray(w.scale)
@@ -59,30 +62,31 @@ def matmul(
         prologue = dataclasses.replace(prologue, weight=weight)
     bias = None if bias is None else bias.reshape(-1, N).astype(out_dtype)
     rows = None if residual is None else residual.reshape(-1, N).astype(out_dtype)
-    run = _batchable(out_dtype, sms)
+    run = _batchable(_run_weight_only if weight_only else _run, out_dtype, sms)
     y = run(x.reshape(-1, x.shape[-1]), rows, (*stacks, prologue, bias), layer)
     return y.reshape(*x.shape[:-1], N)
 
 
-def _fuses(prologue: Prologue | None, x: Any) -> bool:
+def _fuses(prologue: Prologue, x: Any) -> bool:
     """Whether the kernels know the prologue."""
     if isinstance(prologue, RMSNorm):
         return prologue.weight.dtype == x.dtype
-    return prologue is None or isinstance(prologue, SiluMul)
+    return isinstance(prologue, SiluMul)
 
 
 def _check_operands(x: Any, w: QuantizedArray, out_dtype: Any) -> None:
     def refuse(what: str, allowed: str) -> None:
         raise NotImplementedError(f"mosaic_gpu: {what}; the kernels take {allowed}")
 
-    if w.activation_scheme != "dynamic":
-        refuse(f"activation_scheme is {w.activation_scheme!r}", "'dynamic'")
-    if w.qvalue.dtype != jnp.float8_e4m3fn:
-        refuse(f"the weight is {w.qvalue.dtype}", "float8_e4m3fn")
+    weight_only = w.activation_scheme is None
+    formats = ("float8_e4m3fn", "float8_e5m2") if weight_only else ("float8_e4m3fn",)
+    floats = ("bfloat16",) if weight_only else _FLOATS
+    if w.qvalue.dtype not in formats:
+        refuse(f"the weight is {w.qvalue.dtype}", " and ".join(formats))
     if w.block_size != _BLOCK_SIZE:
         refuse(f"block_size is {w.block_size}", f"{_BLOCK_SIZE}")
-    if x.dtype not in _FLOATS:
-        refuse(f"x is {x.dtype}", " and ".join(_FLOATS))
+    if x.dtype not in floats:
+        refuse(f"x is {x.dtype}", " and ".join(floats))
     if jnp.dtype(out_dtype) not in _FLOATS:
         refuse(f"the result is {jnp.dtype(out_dtype)}", " and ".join(_FLOATS))
     if x.size == 0 or w.qvalue.size == 0:
@@ -95,12 +99,12 @@ def _check_operands(x: Any, w: QuantizedArray, out_dtype: Any) -> None:
 
 
 @functools.cache
-def _batchable(out_dtype: Any, sms: int) -> Any:
-    """`_run`, and what `jax.vmap` makes of it."""
+def _batchable(product: Any, out_dtype: Any, sms: int) -> Any:
+    """A product on the devices of a mesh, and what `jax.vmap` makes of it."""
 
     @custom_vmap
     def run(x, residual, stacks, layer):
-        return _run(x, residual, stacks, layer, out_dtype=out_dtype, sms=sms)
+        return across_devices(product, x, residual, stacks, layer, out_dtype=out_dtype, sms=sms)
 
     @run.def_vmap
     def _rule(axis_size, batched, x, residual, stacks, layer):
@@ -183,3 +187,24 @@ def _run(
             xq, sx, qvalue, scale, layer, added, out_dtype=out_dtype, config=config, sms=sms
         )[:M]
     return finish(y, layer[0], out_dtype, bias, residual)
+
+
+def _run_weight_only(
+    x: BFloat16[Array, "M K"],
+    residual: Float[Array, "M N"] | None,
+    stacks: Any,
+    layer: Int32[Array, "1"],
+    *,
+    out_dtype: Any,
+    sms: int,
+) -> Float[Array, "M N"]:
+    """Multiplies, x as it is."""
+    from jaxquant.matmul import w8a16_sm90
+
+    qvalue, scale, _, bias = stacks
+    M, (N, K) = x.shape[0], qvalue.shape[1:]
+    if M > _M_ALIGNMENT:  # fewer rows TMA pads itself
+        x = jnp.pad(x, ((0, -M % _M_ALIGNMENT), (0, 0)))
+    config = w8a16_sm90.default_config(M, N, K, sms)
+    y = w8a16_sm90.product(x, qvalue, scale, layer, out_dtype=out_dtype, config=config, sms=sms)
+    return finish(y[:M], layer[0], out_dtype, bias, residual)

@@ -26,8 +26,9 @@ K_BLOCK = 128
 # Rows of the weight that share a scale.
 SCALE_ROWS = 128
 
-# Registers of one thread of each warpgroup together, where a thread block has a multiprocessor to
-# itself. The producer only issues copies; what it gives up goes to the consumers' accumulators.
+# Registers of a multiprocessor by 128 threads, which a thread block that has it to itself gets in
+# equal shares of a multiple of 8. The producer only issues copies; what it gives up goes to the
+# consumers' accumulators.
 _REGISTERS = 512
 _PRODUCER_REGISTERS = 40
 _MAX_REGISTERS = 240
@@ -132,7 +133,9 @@ def producer_registers() -> None:
 
 def consumer_registers(consumers: int) -> None:
     """Takes a consumer's share of the registers that the producer gave away."""
-    share = (_REGISTERS - _PRODUCER_REGISTERS) // consumers // 8 * 8
+    warpgroups = consumers + 1
+    registers = _REGISTERS // warpgroups // 8 * 8 * warpgroups
+    share = (registers - _PRODUCER_REGISTERS) // consumers // 8 * 8
     plgpu.set_max_registers(min(_MAX_REGISTERS, share), action="increase")
 
 

@@ -1,4 +1,4 @@
-"""Two H200s inside shard_map: each multiplies its part of the weight; see `tests/hopper.py`."""
+"""Two H200s: each multiplies its part of the weight; see `tests/hopper.py`."""
 
 import json
 import re
@@ -16,15 +16,19 @@ def compiled():
     return run_apart(__file__)
 
 
-def test_each_device_multiplies_its_part_where_it_lies(compiled):
-    weights = set(re.findall(r"f8e4m3fn\[\d{4},\d{4}\]", compiled))
+@pytest.mark.parametrize(
+    ("case", "kernel"),
+    [("shard_map", "decode_fp8"), ("jit", "decode_fp8"), ("jit, weight-only", "w8a16")],
+)
+def test_each_device_multiplies_its_part_where_it_lies(compiled, case, kernel):
+    weights = set(re.findall(r"f8e4m3fn\[\d{4},\d{4}\]", compiled[case]))
     assert weights == {f"f8e4m3fn[{K // 2},{K}]", f"f8e4m3fn[{K},{K // 2}]"}
-    assert "jaxquant_decode_fp8" in compiled
-    assert "all-reduce" in compiled
-    assert "all-gather" not in compiled
+    assert f"jaxquant_{kernel}" in compiled[case]
+    assert "all-reduce" in compiled[case]
+    assert "all-gather" not in compiled[case]
 
 
-def compile_all() -> str:
+def compile_all() -> dict[str, str | None]:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -39,10 +43,10 @@ def compile_all() -> str:
     def shaped(shape, dtype, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
-    def weight(spec):
+    def weight(spec, scheme: str | None = "dynamic"):
         qvalue = shaped((K, K), jnp.float8_e4m3fn, spec)
         scale = shaped((K // 128, K // 128), jnp.float32, spec)
-        return QuantizedArray(qvalue, scale, (128, 128), np.dtype(jnp.bfloat16))
+        return QuantizedArray(qvalue, scale, (128, 128), np.dtype(jnp.bfloat16), scheme)
 
     def mlp(x, up, down):
         h = matmul(x, up)
@@ -55,8 +59,20 @@ def compile_all() -> str:
         out_specs=PartitionSpec(),
         check_vma=False,
     )
+
+    def plain(x, up, down):
+        return matmul(matmul(x, up), down, preferred_element_type=jnp.float32)
+
     x = shaped((M, K), jnp.bfloat16, PartitionSpec())
-    return jax.jit(sharded).lower(x, weight(rows), weight(columns)).compile().as_text()
+    cases = {
+        "shard_map": (sharded, weight(rows), weight(columns)),
+        "jit": (plain, weight(rows), weight(columns)),
+        "jit, weight-only": (plain, weight(rows, None), weight(columns, None)),
+    }
+    return {
+        case: jax.jit(run).lower(x, *weights).compile().as_text()
+        for case, (run, *weights) in cases.items()
+    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,108 @@
+"""How a kernel's product is cut where its operands lie on several devices.
+
+XLA knows nothing of what a kernel computes, and would gather its operands on every device. Here it
+is told that a product is cut as its weight is: by rows without communication, by columns with a
+sum over devices, both in whole blocks. Tokens stay apart on the axes of the mesh that the weight
+leaves.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int32
+
+from jaxquant.hopper import interpreted
+from jaxquant.matmul.xla import finish
+
+# Rows and columns of the weight that share a scale.
+_BLOCK = 128
+
+
+# Jitted, since outside of jit nothing is partitioned.
+@functools.partial(jax.jit, static_argnames=("run", "out_dtype", "sms"))
+def across_devices(
+    run: Callable[..., Any],
+    x: Float[Array, "M A"],
+    residual: Float[Array, "M N"] | None,
+    stacks: Any,
+    layer: Int32[Array, "1"],
+    *,
+    out_dtype: Any,
+    sms: int,
+) -> Float[Array, "M N"]:
+    """`run(x, residual, stacks, layer, out_dtype=out_dtype, sms=sms)`, on the devices of a mesh.
+
+    Args:
+      run: computes the product.
+      x: tokens.
+      residual: added to the product, or None.
+      stacks: (qvalue `[L, N, K]`, its scales, a prologue or None, bias `[Lb, N]` or None).
+      layer: which matrix of the stacks.
+      out_dtype: of the result.
+      sms: multiprocessors of each device.
+    """
+    run = functools.partial(run, sms=sms)
+    if interpreted():  # its effects may not be partitioned
+        return run(x, residual, stacks, layer, out_dtype=out_dtype)
+
+    @custom_partitioning
+    def product(x, residual, stacks, layer):
+        return run(x, residual, stacks, layer, out_dtype=out_dtype)
+
+    def partition(mesh, args, _):
+        x, residual, (qvalue, _, prologue, bias), _ = args
+        axes_of = functools.partial(_axes_of, mesh=mesh)
+        rows = axes_of(qvalue, 1, _BLOCK)
+        columns = axes_of(qvalue, 2, _BLOCK)
+        tokens = axes_of(x, 0, 1)
+        if set(tokens) & {*rows, *columns}:
+            tokens = ()
+
+        def local(x, residual, stacks, layer):
+            if not columns:
+                return run(x, residual, stacks, layer, out_dtype=out_dtype)
+            qvalue, scale, prologue, bias = stacks
+            if prologue is not None:
+                K = qvalue.shape[-1]
+                start = lax.axis_index(columns) * K
+                x = lax.dynamic_slice_in_dim(prologue(x, layer[0]), start, K, 1)
+            y = run(x, None, (qvalue, scale, None, None), layer, out_dtype=jnp.float32)
+            return finish(lax.psum(y, columns), layer[0], out_dtype, bias, residual)
+
+        def spec(*entries):
+            return NamedSharding(mesh, PartitionSpec(*(entry or None for entry in entries)))
+
+        # A prologue needs whole tokens.
+        of_x = spec(tokens, columns if prologue is None else None)
+        weight = spec(None, rows, columns)
+        around = jax.tree.map(lambda _: spec(), prologue), bias and spec(None, rows)
+        of_y = spec(tokens, rows)
+        return mesh, local, of_y, (of_x, residual and of_y, (weight, weight, *around), spec())
+
+    *_, prologue, bias = stacks
+    bias_factors = None if bias is None else "bl n"
+    # Which dimensions are cut alike. Others are left to `partition`.
+    factors = (
+        "m a",
+        None if residual is None else "m n",
+        ("l n k", "sl sn sk", jax.tree.map(lambda _: "pl pk", prologue), bias_factors),
+        "one",
+    )
+    operands = jax.tree.leaves(factors)
+    product.def_partition(partition, sharding_rule=f"{', '.join(operands)} -> m n")
+    return product(x, residual, stacks, layer)
+
+
+def _axes_of(operand: Any, dim: int, block: int, mesh: Any) -> tuple[str, ...]:
+    """The axes of the mesh that divide a dimension into whole blocks, or none."""
+    entry = (*operand.sharding.spec, *[None] * operand.ndim)[dim]
+    axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
+    whole = block * math.prod(mesh.shape[axis] for axis in axes)
+    return axes if operand.shape[dim] % whole == 0 else ()

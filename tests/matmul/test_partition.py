@@ -1,0 +1,130 @@
+"""Products of operands that lie on several devices, under plain `jax.jit`.
+
+The devices are CPUs, and the product that stands in for the kernels is the reference's; what is
+looked at is how operands are cut, and what is communicated.
+"""
+
+import json
+import os
+import re
+
+import pytest
+from hopper import run_apart
+
+L, M, N, K = 2, 16, 512, 1024
+
+# x, weight, prologue, and the collectives that are needed
+CASES = {
+    "rows": ("", "-x-", None, []),
+    "columns": ("", "--x", None, ["all-reduce"]),
+    "columns of both": ("-x", "--x", None, ["all-reduce"]),
+    "rows and columns": ("", "-xy", None, ["all-reduce"]),
+    "rows on two axes": ("", "-z-", None, []),
+    "tokens": ("x-", "---", None, []),
+    "tokens and rows": ("y-", "-x-", None, []),
+    "tokens give way": ("x-", "-x-", None, ["all-gather"]),
+    "rows after a norm": ("", "-x-", "rms_norm", []),
+    "columns after a norm": ("", "--x", "rms_norm", ["all-reduce"]),
+    "columns after a gate": ("", "--z", "silu_mul", ["all-reduce"]),
+    "layers": ("", "x--", None, ["all-gather"]),
+}
+
+
+@pytest.fixture(scope="module")
+def results():
+    return run_apart(__file__)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_product_is_cut_as_its_weight(results, case):
+    error, collectives, gathered = results[case]
+    assert error <= 3e-6
+    assert collectives == CASES[case][-1]
+    if case != "layers":
+        assert not gathered
+
+
+def test_a_product_is_cut_in_a_scan_and_under_vmap_and_grad(results):
+    for name in ("scan", "vmap", "grad"):
+        error, collectives, gathered = results[name]
+        assert error <= 3e-6
+        assert set(collectives) <= {"all-reduce"}
+        assert not gathered
+
+
+def run_all() -> dict:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax import lax
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+    from jaxquant.array import QuantizedArray
+    from jaxquant.matmul import RMSNorm, SiluMul, matmul, mosaic_gpu, xla
+
+    def stand_in(x, residual, stacks, layer, *, out_dtype, sms):
+        qvalue, scale, prologue, bias = stacks
+        assert qvalue.shape[1] % 128 == 0
+        w = QuantizedArray(qvalue, scale, (128, 128), np.dtype(jnp.bfloat16))
+        return xla.matmul(x, w, layer[0], out_dtype, prologue, bias, residual)
+
+    mosaic_gpu.multiprocessors = lambda x, what: 2
+    mosaic_gpu._run = stand_in
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    rng = np.random.default_rng(0)
+
+    def put(a, spec):
+        axes = {"-": None, "x": "x", "y": "y", "z": ("x", "y")}
+        sharding = NamedSharding(mesh, PartitionSpec(*(axes[c] for c in spec)))
+        return jax.device_put(a, sharding)
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    qvalue = (normal(L, N, K) * 60).astype(jnp.float8_e4m3fn)
+    scale = np.exp(normal(L, N // 128, K // 128))
+    bias, residual, norm = normal(L, N), normal(M, N), normal(L, K)
+
+    def weight(spec):
+        pieces = put(qvalue, spec), put(scale, spec)
+        return QuantizedArray(*pieces, (128, 128), np.dtype(jnp.bfloat16))
+
+    def measure(run, *args):
+        compiled = jax.jit(run).lower(*args).compile()
+        text = compiled.as_text() or ""
+        y = np.asarray(compiled(*args), np.float64)
+        expected = np.asarray(run(*jax.tree.map(np.asarray, args)), np.float64)
+        error = np.linalg.norm(y - expected) / np.linalg.norm(expected)
+        names = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+        collectives = [name for name in names if re.search(rf" {name}(-start)?\(", text)]
+        gathered = re.search(r"f8e4m3fn\S* all-gather|u8\S* all-gather", text)
+        return float(error), collectives, gathered is not None
+
+    def product(x, w, layer, prologue, bias, residual):
+        return matmul(x, w, layer=layer, prologue=prologue, bias=bias, residual=residual)
+
+    results = {}
+    for name, (x_spec, w_spec, prologue_name, _) in CASES.items():
+        x = put(normal(M, 2 * K if prologue_name == "silu_mul" else K), x_spec)
+        prologue = {"rms_norm": RMSNorm(norm, 1e-5), "silu_mul": SiluMul(), None: None}
+        args = x, weight(w_spec), jnp.int32(1), prologue[prologue_name], bias, residual
+        results[name] = measure(product, *args)
+
+    def scan(x, w):
+        return lax.scan(lambda x, l: (x + matmul(x, w, layer=l)[:, :1], None), x, jnp.arange(L))[0]
+
+    def vmap(x, w):
+        return jax.vmap(lambda x, w: matmul(x, w, layer=1), (0, None))(x, w)
+
+    def grad(x, w):
+        return jax.grad(lambda x: (matmul(x, w, layer=1) ** 2).sum())(x)
+
+    x = put(normal(M, K), "")
+    for run in (scan, vmap, grad):
+        results[run.__name__] = measure(run, x, weight("-xy"))
+    return results
+
+
+if __name__ == "__main__":
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    print(json.dumps(run_all()))
