@@ -1,12 +1,14 @@
-"""`decode_attention`: checks the operands and picks an implementation."""
+"""`decode_attention` and `append_and_attend`: check the operands and pick an implementation."""
 
+import functools
 import logging
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from jaxquant.attention import mosaic_gpu, xla
 from jaxquant.errors import JaxquantError
@@ -63,38 +65,136 @@ def decode_attention(
     >>> decode_attention(q, cache, 3 * cache, 0, jnp.array([5]))[0, 0, 0].item()
     3.0
     """
-    _check(q, k, v, layer, lengths, window, scale, softcap)
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+    _check("decode_attention", q, k, v, layer, lengths, window, scale, softcap)
+    operands, options = (q, k, v, layer, lengths), _options(k, window, scale, softcap)
+    return _run("decode_attention", IMPLEMENTATIONS, implementation, operands, options)
+
+
+def append_and_attend(
+    qkv: Float[Array, "B R D"],
+    k: Float[Array, "L B H S D"],
+    v: Float[Array, "L B H S D"],
+    layer: Int[Array, ""] | int,
+    lengths: Int[Array, " B"],
+    rotation: tuple[Float32[Array, "B pairs"], Float32[Array, "B pairs"]] | None = None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B Hq D"], Float[Array, "L B H S D"], Float[Array, "L B H S D"]]:
+    """A new token of each sequence is rotated, appended to one layer of a cache, and attends to it.
+
+    With angles a, pairs (x1, x2) of dims (i, i + D / 2) of a query or key become
+
+        x1 cos(a) - x2 sin(a), x2 cos(a) + x1 sin(a)
+
+    in float32, then rounded. Keys and values go to slot `lengths - 1`, the last one if that is
+    beyond it. Donate k and v to a jitted caller: then they are written in place.
+
+    Args:
+      qkv: floating; R = Hq + 2 H heads: of queries, of keys, of values.
+      k: all layers.
+      v: likewise.
+      layer: which of the L, possibly traced.
+      lengths: how many slots of each sequence are filled, with the new token's.
+      rotation: cosines and sines of the angles of each sequence; None rotates nothing.
+      window: see `decode_attention`, likewise the rest.
+      scale: of the logits.
+      softcap: of the logits.
+      implementation: forces one of `APPENDING`; default: the first that can run.
+
+    Returns:
+      What `decode_attention` gives, `[B, Hq, D]` of qkv's dtype; k and v.
+
+    Raises:
+      JaxquantError: shapes or numbers that do not fit, an unknown implementation.
+      NotImplementedError: the forced implementation cannot run this, with the reason.
+
+    >>> qkv, cache = jnp.ones((1, 8, 8)), jnp.zeros((2, 1, 2, 16, 8))
+    >>> y, k, v = append_and_attend(qkv, cache, cache, 0, jnp.array([1]))
+    >>> y[0, 0, 0].item(), k[0, 0, 0, 0, 0].item()
+    (1.0, 1.0)
+    """
+    op = "append_and_attend"
+    if qkv.ndim != 3 or k.ndim != 5 or qkv.shape[1] <= 2 * k.shape[2]:
         raise JaxquantError(
-            f"decode_attention: implementation is {implementation!r}; "
-            f"allowed: {', '.join(IMPLEMENTATIONS)}"
+            f"{op}: qkv is {list(qkv.shape)}, k {list(k.shape)}; "
+            "allowed: qkv [B, Hq + 2 H, D], k [L, B, H, S, D]"
         )
-    if window is not None and window >= k.shape[3]:
-        window = None
-    options = {
-        "window": window,
-        "scale": 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+    _check(op, qkv[:, : -2 * k.shape[2]], k, v, layer, lengths, window, scale, softcap)
+    B, _, D = qkv.shape
+    for table in rotation or ():
+        if table.shape != (B, D // 2) or D % 2:
+            raise JaxquantError(
+                f"{op}: rotation has {list(table.shape)}, qkv {list(qkv.shape)}; "
+                f"allowed: [{B}, D / 2], for an even D"
+            )
+    operands = qkv, k, v, layer, lengths, rotation
+    return _run(op, APPENDING, implementation, operands, _options(k, window, scale, softcap))
+
+
+def _in_turn(
+    *operands: Any, window: int | None, scale: float, softcap: float | None
+) -> tuple[Array, Array, Array]:
+    attend = functools.partial(decode_attention, window=window, scale=scale, softcap=softcap)
+    return xla.append_and_attend(*operands, attend=attend)
+
+
+# As above. "xla" rotates and appends; `decode_attention` then has its own choice.
+APPENDING = {"mosaic_gpu": mosaic_gpu.append_and_attend, "xla": _in_turn}
+
+
+def _options(
+    k: Array, window: int | None, scale: float | None, softcap: float | None
+) -> dict[str, Any]:
+    S, D = k.shape[3:]
+    return {
+        "window": None if window is not None and window >= S else window,
+        "scale": 1 / math.sqrt(D) if scale is None else float(scale),
         "softcap": None if softcap is None else float(softcap),
     }
+
+
+def _run(
+    op: str,
+    implementations: Mapping[str, Callable],
+    implementation: str | None,
+    operands: tuple,
+    options: dict[str, Any],
+) -> Any:
     if implementation is not None:
-        return IMPLEMENTATIONS[implementation](q, k, v, layer, lengths, **options)
+        if implementation not in implementations:
+            raise JaxquantError(
+                f"{op}: implementation is {implementation!r}; allowed: {', '.join(implementations)}"
+            )
+        return implementations[implementation](*operands, **options)
     reasons = []
-    for name, run in IMPLEMENTATIONS.items():
+    for name, run in implementations.items():
         try:
-            y = run(q, k, v, layer, lengths, **options)
+            result = run(*operands, **options)
         except NotImplementedError as reason:
             reasons.append(str(reason))
         else:
-            _logger.debug("attention of q %s to k %s: %s", list(q.shape), list(k.shape), name)
-            return y
+            q, k = operands[:2]
+            _logger.debug("%s of %s to k %s: %s", op, list(q.shape), list(k.shape), name)
+            return result
     raise NotImplementedError("; ".join(reasons))
 
 
 def _check(
-    q: Any, k: Any, v: Any, layer: Any, lengths: Any, window: Any, scale: Any, softcap: Any
+    op: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    layer: Any,
+    lengths: Any,
+    window: Any,
+    scale: Any,
+    softcap: Any,
 ) -> None:
     def refuse(what: str, allowed: str) -> None:
-        raise JaxquantError(f"decode_attention: {what}; allowed: {allowed}")
+        raise JaxquantError(f"{op}: {what}; allowed: {allowed}")
 
     if q.ndim != 3:
         refuse(f"q is {list(q.shape)}", "[B, Hq, D]")

@@ -23,12 +23,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Int32
+from jaxtyping import Array, BFloat16, Float32, Int32
 
 from jaxquant.matmul.sm90 import in_stack, round_up, swizzled
 
 _LOG2_E = math.log2(math.e)
 _WGMMA = plgpu.Layout.WGMMA
+_TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 # A value for each query head, in every thread that holds its column.
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
@@ -119,9 +120,78 @@ def decode(
       softcap: bound of the logits, or None.
       config: see `default_config`.
     """
-    (B, Hq, D), (L, _, H, S, _) = q.shape, k.shape
-    G = Hq // H
+    G = q.shape[1] // k.shape[2]
+    # TMA pads fewer than 8 rows itself.
+    rows = G if G < 8 else padded_group(G)
+    q = q.reshape(-1, G, q.shape[-1])
+    if rows > G:
+        q = jnp.pad(q, ((0, 0), (0, rows - G), (0, 0)))
+    options: Any = {"window": window, "scale": scale, "softcap": softcap, "config": config}
+    cache = [a.reshape(-1, *a.shape[-2:]) for a in (k, v)]
+    return _launch(q, cache, k.shape, G, layer, lengths, **options)
+
+
+def append_and_attend(
+    qkv: BFloat16[Array, "B R D"],
+    k: BFloat16[Array, "L B H S D"],
+    v: BFloat16[Array, "L B H S D"],
+    layer: Int32[Array, "1"],
+    lengths: Int32[Array, " B"],
+    rotation: tuple[Float32[Array, "B pairs"], Float32[Array, "B pairs"]] | None,
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    config: Config,
+) -> tuple[BFloat16[Array, "B Hq D"], BFloat16[Array, "L B H S D"], BFloat16[Array, "L B H S D"]]:
+    """`jaxquant.attention.append_and_attend` in one kernel, which writes to the cache in place.
+
+    Args:
+      qkv: D a multiple of 64 up to 256, with a rotation of 128; at most 64 query heads for each of
+        the cache's.
+      k: as for `decode`.
+      v: likewise.
+      layer: which of the L.
+      lengths: filled slots, with the new token's.
+      rotation: cosines and sines, or None.
+      window: as for `decode`.
+      scale: of the logits.
+      softcap: bound of the logits, or None.
+      config: see `default_config`.
+    """
+    H, S, D = k.shape[2:]
+    G = qkv.shape[1] // H - 2
+    # Where the last group, padded, ends.
+    if (missing := padded_group(G) - G - 2 * H) > 0:
+        qkv = jnp.pad(qkv, ((0, 0), (0, missing), (0, 0)))
+    refs = [jax.new_ref(a.reshape(-1, S, D)) for a in (k, v)]
+    options: Any = {"window": window, "scale": scale, "softcap": softcap, "config": config}
+    y = _launch(qkv, refs, k.shape, G, layer, lengths, rotation or (), appends=True, **options)
+    k, v = (jax.freeze(ref).reshape(k.shape) for ref in refs)
+    return y, k, v
+
+
+def _launch(
+    q: Any,
+    cache: Any,
+    shape: tuple[int, ...],
+    G: int,
+    layer: Any,
+    lengths: Any,
+    tables: tuple[Any, ...] = (),
+    *,
+    appends: bool = False,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    config: Config,
+) -> BFloat16[Array, "B Hq D"]:
+    """The kernel of both; if it appends, q is qkv, and the cache are refs."""
+    L, B, H, S, D = shape
     N, dims = padded_group(G), round_up(D, 64)
+    # The first and the second of what is rotated in pairs, or all that there is.
+    half = dims // 2 if tables else dims
+    new = 1 if appends else 0
     tile, stages, splits = config.tile, config.stages, config.splits
 
     def smem(*shape):
@@ -136,6 +206,15 @@ def decode(
     def across(values, rows):
         return lax.broadcast_in_dim(values, (rows, N), [1])
 
+    def over_columns(values):
+        return lax.broadcast_in_dim(values, (*values.shape, N), [0])
+
+    def rotated(halves, table):
+        if table:
+            (x1, x2), (cos, sin) = halves, table
+            halves = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+        return [x.astype(jnp.bfloat16) for x in halves]
+
     def product(a, b):
         def run(accumulator):
             plgpu.wgmma(accumulator, a, b)
@@ -143,16 +222,51 @@ def decode(
 
         return pl.run_scoped(run, plgpu.ACC((a.shape[0], N), jnp.float32))
 
-    def kernel(q_gmem, k_gmem, v_gmem, layer_gmem, lengths_gmem, out_gmem, *refs):
+    def scaled(logits):
+        """In units of log(2), for exp2."""
+        if softcap is None:
+            return logits * (scale * _LOG2_E)
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+        squared = jnp.exp2(logits * (2 * scale / softcap * _LOG2_E))
+        return softcap * _LOG2_E * (1 - 2 / (squared + 1))
+
+    def kernel(q_gmem, k_gmem, v_gmem, layer_gmem, lengths_gmem, *refs):
+        *tables_gmem, out_gmem = refs[: len(tables) + 1]
+        refs = refs[len(tables) + 1 :]
         *parts_gmem, q_smem, p_smem, q_full, k_full, v_full = refs[: 5 + len(parts)]
         exchange = refs[5 + len(parts) :]
         head = lax.axis_index("head")
         split = lax.axis_index("split") if splits > 1 else 0
+        b, h = lax.div(head, H), lax.rem(head, H)
         # Slices that start here may reach beyond the array. Pallas would refuse static ones.
         zero = lax.mul(head, 0)
-        plgpu.copy_gmem_to_smem(q_gmem.at[head, pl.ds(zero, N), pl.ds(zero, dims)], q_smem, q_full)
-        end = jnp.minimum(lengths_gmem[lax.div(head, H)], S)
-        start = lax.mul(end, 0) if window is None else jnp.maximum(end - window, 0)
+        halves = [pl.ds(i, half) for i in range(0, dims, half)]
+
+        def load_rows(ref, *index):
+            """A value for each row of an accumulator."""
+            values = plgpu.load(ref.at[index], layout=_WGMMA.reduce(1), optimized=False)
+            return values.astype(jnp.float32)
+
+        def load_token():
+            heads = pl.ds(h * G, N)
+            q = [
+                plgpu.load(q_gmem.at[b, heads, d].T, layout=_TRANSPOSED, optimized=False)
+                for d in halves
+            ]
+            k = [load_rows(q_gmem, b, H * G + h, d) for d in halves]
+            v = load_rows(q_gmem, b, H * G + H + h)
+            return q, k, v, [load_rows(ref, b) for ref in tables_gmem]
+
+        # Loaded ahead of the copies, so as to wait for both at once.
+        token: Any = None
+        if appends:
+            token = load_token()
+        else:
+            whole = pl.ds(zero, N), pl.ds(zero, dims)
+            plgpu.copy_gmem_to_smem(q_gmem.at[(head, *whole)], q_smem, q_full)
+        # Of what the cache holds already.
+        end = jnp.minimum(lengths_gmem[b], S) - new
+        start = lax.mul(end, 0) if window is None else jnp.maximum(end + new - window, 0)
         first_tile = lax.div(start, tile) + split
         steps = lax.div(lax.div(end + (tile - 1), tile) - first_tile + (splits - 1), splits)
         row = in_stack(layer_gmem[0], L) * (B * H) + head
@@ -163,6 +277,32 @@ def decode(
         def attended(shape, slot0):
             slot = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA) + slot0
             return (slot >= start) & (slot < end)
+
+        def append():
+            """Rotates the token and stores it; the sums where it alone is attended to."""
+            q, k, v, table = token
+            q = [plgpu.layout_cast(x, _WGMMA).astype(jnp.float32) for x in q]
+            q = rotated(q, [over_columns(values) for values in table])
+            for x, d in zip(q, halves, strict=True):
+                q_smem.at[:, d].T[...] = plgpu.layout_cast(x, _TRANSPOSED)
+            plgpu.commit_smem()
+            k = rotated(k, table)
+
+            @pl.when(split == 0)
+            def _store_both():
+                for x, d in zip(k, halves, strict=True):
+                    _store(k_gmem.at[row, end, d], x)
+                _store(v_gmem.at[row, end], v.astype(jnp.bfloat16))
+
+            products = [
+                x.astype(jnp.float32) * over_columns(y.astype(jnp.float32))
+                for x, y in zip(q, k, strict=True)
+            ]
+            logit = scaled(jnp.sum(sum(products[1:], products[0]), axis=0))
+            # Of the splits, the first attends to it.
+            logit += jnp.where(split == 0, 0.0, -jnp.inf) if splits > 1 else 0.0
+            number = plgpu.broadcasted_iota(jnp.int32, (tile, N), 0, layout=_WGMMA)
+            return over_columns(v), logit, jnp.where(number + split == 0, 1.0, 0.0)
 
         def attend(k_smem, v_smem):
             """The sum, the maximum and the sum of the weights over this thread block's tiles."""
@@ -180,7 +320,11 @@ def decode(
                 copy(k_gmem, k_smem, k_full, jnp.int32(step))
                 if step < stages - 1:
                     copy(v_gmem, v_smem, v_full, jnp.int32(step))
-            plgpu.barrier_wait(q_full)
+            if appends:
+                init = append()
+            else:
+                plgpu.barrier_wait(q_full)
+                init = zeros(dims), column(-jnp.inf), zeros(tile)
 
             def add_tile(step, carry):
                 total, maximum, weights = carry
@@ -188,19 +332,11 @@ def decode(
 
                 plgpu.barrier_wait(k_full.at[stage])
                 logits = product(k_smem.at[stage], q_smem.T)
-                # In units of log(2), for exp2.
-                if softcap is None:
-                    logits *= scale * _LOG2_E
-                else:  # tanh(x) = 1 - 2 / (exp(2 x) + 1)
-                    squared = jnp.exp2(logits * (2 * scale / softcap * _LOG2_E))
-                    logits = softcap * _LOG2_E * (1 - 2 / (squared + 1))
-                logits = jnp.where(attended((tile, N), slot0), logits, -jnp.inf)
+                logits = jnp.where(attended((tile, N), slot0), scaled(logits), -jnp.inf)
                 new_maximum = jnp.maximum(maximum, jnp.max(logits, axis=0))
                 p = jnp.exp2(logits - across(new_maximum, tile))
                 shrink = jnp.exp2(maximum - new_maximum)
-                p_smem.T[...] = plgpu.layout_cast(
-                    p.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED
-                )
+                p_smem.T[...] = plgpu.layout_cast(p.astype(jnp.bfloat16), _TRANSPOSED)
 
                 plgpu.barrier_wait(v_full.at[stage])
 
@@ -220,14 +356,13 @@ def decode(
                 total = total * across(shrink, dims) + product(v_smem.at[stage].T, p_smem.T)
                 return total, new_maximum, weights * across(shrink, tile) + p
 
-            init = zeros(dims), column(-jnp.inf), zeros(tile)
             total, maximum, weights = lax.fori_loop(0, steps, add_tile, init)
             return total, maximum, jnp.sum(weights, axis=0)
 
         def write(total, weight):
             y = (total / across(weight, dims)).astype(jnp.bfloat16)
             y_smem = q_smem  # q is done with
-            y_smem.T[...] = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
+            y_smem.T[...] = plgpu.layout_cast(y, _TRANSPOSED)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(y_smem, out_gmem.at[head, pl.ds(zero, N), pl.ds(zero, dims)])
             plgpu.wait_smem_to_gmem(0)
@@ -277,11 +412,7 @@ def decode(
             parts_smem = [plgpu.SMEM((splits, *part), jnp.float32) for part in parts]
             write(*pl.run_scoped(add_parts, *parts_smem, collective_axes="warpgroup"))
 
-    # TMA pads fewer than 8 rows itself.
     rows = G if G < 8 else N
-    q = q.reshape(B * H, G, D)
-    if rows > G:
-        q = jnp.pad(q, ((0, 0), (0, rows - G), (0, 0)))
     out_type = [jax.ShapeDtypeStruct((B * H, rows, D), jnp.bfloat16)]
     scratch: list[Any] = [
         smem(N, dims),
@@ -311,5 +442,13 @@ def decode(
         thread_name="warpgroup",
         kernel_name="jaxquant_decode_attention",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-    )(q, k.reshape(-1, S, D), v.reshape(-1, S, D), layer, lengths)
-    return out[:, :G].reshape(B, Hq, D)
+    )(q, *cache, layer, lengths, *tables)
+    return out[:, :G].reshape(B, H * G, D)
+
+
+def _store(ref: Any, value: Array) -> None:
+    """Stores to GMEM, also less than a cache line, which jax 0.12 refuses unless asked."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value

@@ -1,4 +1,4 @@
-"""Pallas kernel (Mosaic GPU) behind `decode_attention`: what it takes, and what vmap makes of it.
+"""Pallas kernel (Mosaic GPU) behind the ops: what it takes, and what vmap makes of it.
 
 It is for Hopper (compute capability 9.0); every other device keeps the XLA reference.
 """
@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import custom_vmap
-from jaxtyping import Array, BFloat16, Float, Int, Int32
+from jax.custom_batching import custom_vmap, sequential_vmap
+from jaxtyping import Array, BFloat16, Float, Float32, Int, Int32
 
+from jaxquant.attention import xla
 from jaxquant.hopper import multiprocessors
 
 _MAX_GROUP = 64
@@ -19,6 +20,8 @@ _MAX_HEAD_DIM = 256
 # What TMA's swizzled tiles divide.
 _HEAD_DIM_ALIGNMENT = 16
 _SLOT_ALIGNMENT = 8
+# Of a new token's keys and values, a warpgroup holds 64 dims at a time: of each half, if rotated.
+_APPENDED_ALIGNMENT = 64
 
 
 def decode_attention(
@@ -44,22 +47,71 @@ def decode_attention(
     return run(q, k, v, layer, lengths.astype(jnp.int32))
 
 
-def _check_operands(q: Any, k: Any, v: Any) -> None:
-    def refuse(what: str, allowed: str) -> None:
-        raise NotImplementedError(f"mosaic_gpu: {what}; the kernel takes {allowed}")
+def append_and_attend(
+    qkv: Float[Array, "B R D"],
+    k: Float[Array, "L B H S D"],
+    v: Float[Array, "L B H S D"],
+    layer: Any,
+    lengths: Int[Array, " B"],
+    rotation: tuple[Float32[Array, "B pairs"], Float32[Array, "B pairs"]] | None,
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Float[Array, "B Hq D"], Float[Array, "L B H S D"], Float[Array, "L B H S D"]]:
+    """All in one launch. See `jaxquant.attention.append_and_attend`.
 
+    Raises:
+      NotImplementedError: the device or the operands are not what the kernel takes; says why.
+    """
+    sms = multiprocessors(qkv, "products of decode attention")
+    H, D = k.shape[2], k.shape[4]
+    _check_operands(qkv[:, : -2 * H], k, v)
+    if D % _APPENDED_ALIGNMENT:
+        _refuse(f"D is {D}", f"multiples of {_APPENDED_ALIGNMENT}, where it appends")
+    if rotation is not None and D % (2 * _APPENDED_ALIGNMENT):
+        rotated = xla.rotate_halves(qkv[:, :-H], *rotation)
+        qkv, rotation = jnp.concatenate([rotated, qkv[:, -H:]], axis=1), None
+    layer = jnp.asarray(layer, jnp.int32).reshape(1)
+    run = _appending(window, scale, softcap, sms)
+    return run(qkv, k, v, layer, lengths.astype(jnp.int32), rotation)
+
+
+def _refuse(what: str, allowed: str) -> None:
+    raise NotImplementedError(f"mosaic_gpu: {what}; the kernel takes {allowed}")
+
+
+def _check_operands(q: Any, k: Any, v: Any) -> None:
     for name, a in (("q", q), ("k", k), ("v", v)):
         if a.dtype != jnp.bfloat16:
-            refuse(f"{name} is {a.dtype}", "bfloat16")
+            _refuse(f"{name} is {a.dtype}", "bfloat16")
     if q.size == 0 or k.size == 0:
-        refuse(f"an operand is empty (q {list(q.shape)}, k {list(k.shape)})", "others")
+        _refuse(f"an operand is empty (q {list(q.shape)}, k {list(k.shape)})", "others")
     (_, Hq, D), (_, _, H, S, _) = q.shape, k.shape
     if D % _HEAD_DIM_ALIGNMENT or D > _MAX_HEAD_DIM:
-        refuse(f"D is {D}", f"multiples of {_HEAD_DIM_ALIGNMENT} up to {_MAX_HEAD_DIM}")
+        _refuse(f"D is {D}", f"multiples of {_HEAD_DIM_ALIGNMENT} up to {_MAX_HEAD_DIM}")
     if S % _SLOT_ALIGNMENT:
-        refuse(f"S is {S}", f"multiples of {_SLOT_ALIGNMENT}")
+        _refuse(f"S is {S}", f"multiples of {_SLOT_ALIGNMENT}")
     if Hq // H > _MAX_GROUP:
-        refuse(f"{Hq // H} query heads share a key/value head", f"up to {_MAX_GROUP}")
+        _refuse(f"{Hq // H} query heads share a key/value head", f"up to {_MAX_GROUP}")
+
+
+@functools.cache
+def _appending(window: int | None, scale: float, softcap: float | None, sms: int) -> Any:
+    """`decode_sm90.append_and_attend`; `jax.vmap` runs it one after the other."""
+
+    @sequential_vmap
+    @jax.jit  # compiled once a shape, also where the caller does not jit
+    def run(qkv, k, v, layer, lengths, rotation):
+        # Imported here: Mosaic GPU is there only where jaxlib was built with it.
+        from jaxquant.attention import decode_sm90
+
+        _, B, H, S, D = k.shape
+        config = decode_sm90.default_config(B, H, qkv.shape[1] // H - 2, S, D, sms)
+        options: Any = {"window": window, "scale": scale, "softcap": softcap, "config": config}
+        return decode_sm90.append_and_attend(qkv, k, v, layer, lengths, rotation, **options)
+
+    return run
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 
 def decode_attention(
@@ -38,3 +38,56 @@ def decode_attention(
     # A weight of 0 does not silence NaN.
     v = jnp.where(mask[:, None, :, None], v, 0)
     return product("bhgs,bhsd->bhgd", weights, v).astype(q.dtype).reshape(q.shape)
+
+
+def append_and_attend(
+    qkv: Float[Array, "B R D"],
+    k: Float[Array, "L B H S D"],
+    v: Float[Array, "L B H S D"],
+    layer: Any,
+    lengths: Int[Array, " B"],
+    rotation: tuple[Float32[Array, "B pairs"], Float32[Array, "B pairs"]] | None,
+    *,
+    attend: Any,
+) -> tuple[Float[Array, "B Hq D"], Float[Array, "L B H S D"], Float[Array, "L B H S D"]]:
+    """One thing after the other. See `jaxquant.attention.append_and_attend`.
+
+    Args:
+      qkv: queries, keys and values of the new tokens.
+      k: of the cache.
+      v: of the cache.
+      layer: which of the L.
+      lengths: filled slots, with the new token's.
+      rotation: cosines and sines, or None.
+      attend: `decode_attention` with its options.
+    """
+    H = k.shape[2]
+    q, new_k, new_v = jnp.split(qkv, [qkv.shape[1] - 2 * H, qkv.shape[1] - H], axis=1)
+    if rotation is not None:
+        q, new_k = (rotate_halves(x, *rotation) for x in (q, new_k))
+    k, v = append(k, new_k, layer, lengths), append(v, new_v, layer, lengths)
+    return attend(q, k, v, layer, lengths), k, v
+
+
+def append(
+    cache: Float[Array, "L B H S D"],
+    new: Float[Array, "B H D"],
+    layer: Any,
+    lengths: Int[Array, " B"],
+) -> Float[Array, "L B H S D"]:
+    """The cache with `new` in slot `lengths - 1` of each sequence in one layer."""
+    rows, slots = jnp.arange(len(new)), lengths - 1
+    if len(new) == 1:  # a scatter of one would read what is there, and select
+        return lax.dynamic_update_slice(cache, new[None, ..., None, :], (layer, 0, 0, slots[0], 0))
+    return cache.at[layer, rows, :, slots].set(new, mode="clip")
+
+
+def rotate_halves(
+    x: Float[Array, "*batch H D"],
+    cos: Float32[Array, "*batch pairs"],
+    sin: Float32[Array, "*batch pairs"],
+) -> Float[Array, "*batch H D"]:
+    """Rotates the pairs (i, i + D / 2) of each head, in float32."""
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)

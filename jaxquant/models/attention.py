@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxquant.attention import decode_attention
+from jaxquant.attention import append, append_and_attend
+from jaxquant.models.layers import Rope, Rotations
 
 
 @jax.tree_util.register_dataclass
@@ -48,16 +50,23 @@ class Forward:
     """A pass over whole sequences that keeps nothing.
 
     Attributes:
-      positions: `[B, T]` of the tokens.
+      rotations: of the tokens.
     """
 
-    positions: Int[Array, "B T"]
+    rotations: Rotations
 
     @classmethod
-    def of(cls, tokens: Int[Array, "B T"], lengths: Int[Array, " B"] | None = None) -> Any:
+    def of(
+        cls,
+        tokens: Int[Array, "B T"],
+        ropes: Iterable[Rope | None],
+        lengths: Int[Array, " B"] | None = None,
+    ) -> Any:
         """Of sequences that start at position 0; padding behind `lengths` has none of its own."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        return cls(positions if lengths is None else jnp.minimum(positions, lengths[:, None] - 1))
+        if lengths is not None:
+            positions = jnp.minimum(positions, lengths[:, None] - 1)
+        return cls(Rotations.of(ropes, positions))
 
     def attend(
         self,
@@ -67,6 +76,7 @@ class Forward:
         cache: Any,
         layer: Any,
         *,
+        rope: Rope | None = None,
         window: int | None = None,
         scale: float | None = None,
         softcap: float | None = None,
@@ -74,15 +84,17 @@ class Forward:
         """What each token gets from itself and those before it, and the cache.
 
         Args:
-          q: queries, rotated.
-          k: keys, rotated.
+          q: queries, not rotated yet.
+          k: keys, likewise.
           v: values.
           cache: the Cache, or None.
           layer: which of its layers is meant.
+          rope: rotates queries and keys, if given; one of those in `rotations`.
           window: how many tokens a token sees, itself included; None is all.
           scale: what `q k^T` is multiplied with; default `1 / sqrt(D)`.
           softcap: if given, scores become `softcap * tanh(scores / softcap)`.
         """
+        q, k = (self.rotations.rotate(y, rope) for y in (q, k))
         return causal_attention(q, k, v, window, scale, softcap), cache
 
 
@@ -99,11 +111,13 @@ class Prefill(Forward):
         cache: Cache,
         layer: Any,
         *,
+        rope: Rope | None = None,
         window: int | None = None,
         scale: float | None = None,
         softcap: float | None = None,
     ) -> tuple[Float[Array, "B T Hq D"], Cache]:
         """See `Forward.attend`; keys and values are written to the cache."""
+        q, k = (self.rotations.rotate(y, rope) for y in (q, k))
         start = (layer, 0, 0, 0, 0)
         cache = dataclasses.replace(
             cache,
@@ -119,22 +133,17 @@ class DecodeStep:
     """One more token of each sequence of a cache, which has a slot for it.
 
     Attributes:
-      lengths: `[B]` how many slots are filled before; the position of the token.
-      filled: `[B]` and with it. Made once: XLA would add in each layer.
+      filled: `[B]` how many slots are filled, with it. Made once: XLA would add in each layer.
+      rotations: of the tokens.
     """
 
-    lengths: Int[Array, " B"]
     filled: Int[Array, " B"]
+    rotations: Rotations
 
     @staticmethod
-    def of(lengths: Int[Array, " B"]) -> "DecodeStep":
+    def of(lengths: Int[Array, " B"], ropes: Iterable[Rope | None]) -> "DecodeStep":
         """Of sequences with so many filled slots."""
-        return DecodeStep(lengths, lengths + 1)
-
-    @property
-    def positions(self) -> Int[Array, "B 1"]:
-        """Of the tokens."""
-        return self.lengths[:, None]
+        return DecodeStep(lengths + 1, Rotations.of(ropes, lengths[:, None]))
 
     def append(
         self,
@@ -144,16 +153,11 @@ class DecodeStep:
         layer: Any,
     ) -> Cache:
         """The cache with the key and the value of each token in one layer."""
-        rows, at = jnp.arange(self.lengths.shape[0]), self.lengths
-
-        def put(stack: Array, new: Array) -> Array:
-            if len(rows) == 1:  # a scatter of one would read what is there, and select
-                return lax.dynamic_update_slice(
-                    stack, new[None, :, 0, :, None], (layer, 0, 0, at[0], 0)
-                )
-            return stack.at[layer, rows, :, at].set(new[:, 0], mode="clip")
-
-        return dataclasses.replace(cache, k=put(cache.k, k), v=put(cache.v, v))
+        k, v = (
+            append(stack, new[:, 0], layer, self.filled)
+            for stack, new in ((cache.k, k), (cache.v, v))
+        )
+        return dataclasses.replace(cache, k=k, v=v)
 
     def attend(
         self,
@@ -163,15 +167,26 @@ class DecodeStep:
         cache: Cache,
         layer: Any,
         *,
+        rope: Rope | None = None,
         window: int | None = None,
         scale: float | None = None,
         softcap: float | None = None,
     ) -> tuple[Float[Array, "B 1 Hq D"], Cache]:
         """See `Forward.attend`; keys and values are written to the cache first."""
-        cache = self.append(cache, k, v, layer)
+        B, _, _, D = q.shape
+        rotation = None
+        if rope is not None and rope.dim == D and not rope.interleaved:
+            cos, sin = self.rotations.table(rope)
+            rotation = cos[:, 0], sin[:, 0]
+        else:
+            q, k = (self.rotations.rotate(y, rope) for y in (q, k))
+        # Where these are slices of one product, side by side, XLA takes the product itself.
+        qkv = jnp.concatenate([y.reshape(B, 1, -1) for y in (q, k, v)], axis=-1).reshape(B, -1, D)
         options: Any = {"window": window, "scale": scale, "softcap": softcap}
-        out = decode_attention(q[:, 0], cache.k, cache.v, layer, self.filled, **options)
-        return out[:, None], cache
+        out, k, v = append_and_attend(
+            qkv, cache.k, cache.v, layer, self.filled, rotation, **options
+        )
+        return out[:, None], dataclasses.replace(cache, k=k, v=v)
 
 
 def causal_attention(

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from jaxquant.models.attention import Cache, DecodeStep, Forward, Prefill
 from jaxquant.models.fused import FusedRows, StackedExperts
-from jaxquant.models.layers import RMSNorm, Stack, Table
+from jaxquant.models.layers import RMSNorm, Rope, Stack, Table
 
 
 class Decoder(nnx.Module):
@@ -76,7 +76,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float32[Array, "B T V"]:
         """Logits of every token, without a cache."""
-        x, _ = self._run(tokens, Forward.of(tokens), None)
+        x, _ = self._run(tokens, Forward.of(tokens, self._ropes), None)
         return self.head(x)
 
     def prefill(
@@ -92,7 +92,7 @@ class Decoder(nnx.Module):
         Returns:
           Logits of the last token of each prompt, and the cache.
         """
-        x, cache = self._run(tokens, Prefill.of(tokens, lengths), cache)
+        x, cache = self._run(tokens, Prefill.of(tokens, self._ropes, lengths), cache)
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self.head(last), dataclasses.replace(cache, lengths=lengths)
 
@@ -103,15 +103,23 @@ class Decoder(nnx.Module):
           Logits of these tokens, and the cache.
         """
         lengths = cache.lengths
-        x, cache = self._run(tokens[:, None], DecodeStep.of(lengths), cache)
+        x, cache = self._run(tokens[:, None], DecodeStep.of(lengths, self._ropes), cache)
         return self.head(x[:, 0]), dataclasses.replace(cache, lengths=lengths + 1)
+
+    @property
+    def _kinds(self) -> tuple:
+        return getattr(self.cfg, "layer_kinds", (None,) * self.cfg.num_layers)
+
+    @property
+    def _ropes(self) -> list[Rope | None]:
+        return [kind.rope for kind in self._kinds if kind is not None]
 
     def _run(
         self, ids: Int[Array, "B T"], tokens: Any, cache: Any
     ) -> tuple[Float[Array, "B T K"], Any]:
         # The cache is carried and written in place; as a scanned input it would be copied.
         carry = self.embed(ids), cache
-        kinds = getattr(self.cfg, "layer_kinds", (None,) * self.cfg.num_layers)
+        kinds = self._kinds
         for stack, layers in zip(self.stacks, self.layers, strict=True):
             first = stack.layers.start
             for start, period, count in repeats(kinds[first : stack.layers.stop]):

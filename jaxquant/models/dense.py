@@ -160,14 +160,13 @@ class Attention(nnx.Module):
         q, k, v = (y.reshape(heads) for y in (q, k, v))
         if cfg.qk_norm == "head":
             q, k = self.q_norm(q, l), self.k_norm(k, l)
-        if kind.rope is not None:
-            q, k = (kind.rope.rotate(y, tokens.positions) for y in (q, k))
         attended, cache = tokens.attend(
             q,
             k,
             v,
             cache,
             cache_layer,
+            rope=kind.rope,
             window=kind.window,
             scale=cfg.scale,
             softcap=cfg.softcap,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
+from jaxquant.attention import rotate_halves
 from jaxquant.matmul import Prologue, RMSNorm as RMSNormPrologue, grouped_matmul, matmul
 
 
@@ -267,21 +268,53 @@ class Rope:
         ratio = self.original_max_position / (turns * 2 * math.pi)
         return self.dim * math.log(ratio) / (2 * math.log(self.theta))
 
-    def rotate(
-        self, x: Float[Array, "B T H D"], positions: Int[Array, "B T"]
-    ) -> Float[Array, "B T H D"]:
-        """Rotates the pairs of each head by position * frequency."""
+    def table(
+        self, positions: Int[Array, "B T"]
+    ) -> tuple[Float32[Array, "B T pairs"], Float32[Array, "B T pairs"]]:
+        """Cosines and sines of position * frequency, times `attention_factor`."""
         freq = self.frequencies(positions.max(axis=1, keepdims=True) + 1)
         angles = positions[..., None].astype(jnp.float32) * freq
-        cos, sin = (f(angles)[:, :, None] * self.attention_factor for f in (jnp.cos, jnp.sin))
-        rotated, kept = x[..., : self.dim].astype(jnp.float32), x[..., self.dim :]
+        return jnp.cos(angles) * self.attention_factor, jnp.sin(angles) * self.attention_factor
+
+    def rotate(
+        self,
+        x: Float[Array, "B T H D"],
+        cos: Float32[Array, "B T pairs"],
+        sin: Float32[Array, "B T pairs"],
+    ) -> Float[Array, "B T H D"]:
+        """Rotates the pairs of each head by the angles of a `table`."""
+        rotated, kept = x[..., : self.dim], x[..., self.dim :]
         if self.interleaved:
-            x1, x2 = rotated[..., 0::2], rotated[..., 1::2]
-        else:
-            x1, x2 = jnp.split(rotated, 2, axis=-1)
-        pairs = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+            rotated = jnp.concatenate([rotated[..., 0::2], rotated[..., 1::2]], axis=-1)
+        rotated = rotate_halves(rotated, cos, sin)
         if self.interleaved:
-            rotated = jnp.stack(pairs, axis=-1).reshape(rotated.shape)
-        else:
-            rotated = jnp.concatenate(pairs, axis=-1)
-        return jnp.concatenate([rotated.astype(x.dtype), kept], axis=-1)
+            rotated = jnp.stack(jnp.split(rotated, 2, axis=-1), axis=-1).reshape(rotated.shape)
+        return jnp.concatenate([rotated, kept], axis=-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rotations:
+    """The angles of tokens under the ropes of a model: made once, where XLA would in each layer.
+
+    Attributes:
+      ropes: distinct ones.
+      tables: `Rope.table` of each.
+    """
+
+    ropes: tuple[Rope, ...] = dataclasses.field(metadata={"static": True})
+    tables: tuple[tuple[Float32[Array, "B T pairs"], Float32[Array, "B T pairs"]], ...]
+
+    @staticmethod
+    def of(ropes: Iterable[Rope | None], positions: Int[Array, "B T"]) -> "Rotations":
+        """Of tokens at these positions."""
+        distinct = tuple(dict.fromkeys(rope for rope in ropes if rope is not None))
+        return Rotations(distinct, tuple(rope.table(positions) for rope in distinct))
+
+    def table(self, rope: Rope) -> tuple[Float32[Array, "B T pairs"], Float32[Array, "B T pairs"]]:
+        """Cosines and sines under one rope."""
+        return self.tables[self.ropes.index(rope)]
+
+    def rotate(self, x: Float[Array, "B T H D"], rope: Rope | None) -> Float[Array, "B T H D"]:
+        """Queries or keys, rotated; as they are if rope is None."""
+        return x if rope is None else rope.rotate(x, *self.table(rope))

@@ -100,9 +100,10 @@ class MLA(nnx.Module):
         )
         latents, k_rope = jnp.split(self.kv_a_proj_with_mqa(x, l, norm), [cfg.kv_rank], axis=-1)
         latents = self.kv_a_layernorm(latents, l)
-        if kind.rope is not None:
-            q_rope = kind.rope.rotate(q_rope, tokens.positions)
-            k_rope = kind.rope.rotate(k_rope[:, :, None], tokens.positions)[:, :, 0]
+        q_rope, k_rope = (
+            tokens.rotations.rotate(y, kind.rope) for y in (q_rope, k_rope[:, :, None])
+        )
+        k_rope = k_rope[:, :, 0]
         cache = _store(latents, k_rope, tokens, cache, cache_layer)
         if isinstance(tokens, DecodeStep):
             y = absorbed_attention(
@@ -111,7 +112,7 @@ class MLA(nnx.Module):
                 cache.k[cache_layer, :, 0],
                 cache.v[cache_layer, :, 0],
                 self._kv_b(l, x.dtype),
-                tokens.lengths,
+                tokens.filled,
                 cfg.scale,
             )
         else:
@@ -172,10 +173,10 @@ def absorbed_attention(
     latents: Float[Array, "B S R"],
     k_rope: Float[Array, "B S Dr"],
     kv_b: Float[Array, "H Dkv R"],
-    position: Int[Array, " B"],
+    lengths: Int[Array, " B"],
     scale: float,
 ) -> Float[Array, "B 1 H Dv"]:
-    """One token of each sequence attends to slots 0 to `position` of a cache of latents.
+    """One token of each sequence attends to the filled slots of a cache of latents.
 
     Args:
       q_nope: as in `expanded_attention`.
@@ -183,7 +184,7 @@ def absorbed_attention(
       latents: of the cache.
       k_rope: of the cache, rotated.
       kv_b: the weight of `kv_b_proj`, by heads.
-      position: of the tokens.
+      lengths: how many are filled.
       scale: of the logits.
     """
     dtype = q_nope.dtype
@@ -197,7 +198,7 @@ def absorbed_attention(
     q_latent = product("bhd,hdr->bhr", q_nope[:, 0], w_k).astype(dtype)
     logits = product("bhr,bsr->bhs", q_latent, latents)
     logits += product("bhd,bsd->bhs", q_rope[:, 0], k_rope)
-    mask = jnp.arange(latents.shape[1]) <= position[:, None]
+    mask = jnp.arange(latents.shape[1]) < lengths[:, None]
     weights = jax.nn.softmax(jnp.where(mask[:, None], logits * scale, -jnp.inf), axis=-1)
     attended = product("bhs,bsr->bhr", weights.astype(dtype), latents).astype(dtype)
     return product("bhr,hdr->bhd", attended, w_v).astype(dtype)[:, None]

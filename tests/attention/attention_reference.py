@@ -19,6 +19,41 @@ def cache_and_query(
     return *(jnp.asarray(a, dtype) for a in (q, k, v)), jnp.asarray(lengths)
 
 
+def cache_and_token(
+    B: int, H: int, G: int, S: int, D: int, dtype: str, *, L: int = 2, lengths: Any = None
+) -> tuple:
+    """Random qkv `[B, H * (G + 2), D]`, and for it k, v, lengths and a rotation.
+
+    The slot of the new token, and those behind it, hold NaN.
+    """
+    rng = np.random.default_rng(1)
+    qkv = jnp.asarray(rng.standard_normal((B, H * (G + 2), D)), dtype)
+    _, k, v, lengths = cache_and_query(B, H, G, S, D, dtype, L=L, lengths=lengths)
+    rows = jnp.arange(B)
+    k, v = (a.at[:, rows, :, lengths - 1].set(jnp.nan) for a in (k, v))
+    angles = rng.uniform(0, 2 * np.pi, (B, D // 2))
+    rotation = jnp.asarray(np.cos(angles), "float32"), jnp.asarray(np.sin(angles), "float32")
+    return qkv, k, v, lengths, rotation
+
+
+def appended(qkv: Any, k: Any, v: Any, layer: int, lengths: Any, rotation: Any) -> tuple:
+    """q, k and v of `definition`, rounded to qkv's dtype: rotated, with the token."""
+    H, dtype = k.shape[2], qkv.dtype
+    q, new_k, new_v = np.split(np.asarray(qkv, np.float64), [-2 * H, -H], axis=1)
+    if rotation is not None:
+        cos, sin = (np.asarray(table, np.float64)[:, None] for table in rotation)
+
+        def rotated(x):
+            x1, x2 = np.split(x, 2, axis=-1)
+            return np.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+
+        q, new_k = (np.asarray(jnp.asarray(rotated(x), dtype), np.float64) for x in (q, new_k))
+    k, v = (np.array(a, np.float64) for a in (k, v))
+    for b, n in enumerate(lengths):
+        k[layer, b, :, n - 1], v[layer, b, :, n - 1] = new_k[b], new_v[b]
+    return q, k, v
+
+
 def definition(
     q: Any,
     k: Any,

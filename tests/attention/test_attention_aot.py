@@ -1,6 +1,7 @@
-"""The decode attention kernel compiles for an H200; see `tests/hopper.py`."""
+"""The decode attention kernels compile for an H200; see `tests/hopper.py`."""
 
 import json
+import re
 
 import pytest
 from hopper import h200, needs_plugin, run_apart
@@ -19,6 +20,13 @@ SHAPES = [
     (1, 1, 64, 4096, 128, None, None),
     (1, 1, 64, 4096, 256, None, None),
 ]
+APPENDS = [
+    (1, 8, 4, 1536, 128, None, None),
+    (64, 8, 4, 1536, 128, None, None),
+    (1, 4, 2, 4096, 256, 1024, 50.0),
+    (3, 32, 1, 1000, 64, 100, None),
+    (1, 2, 16, 4096, 128, None, None),
+]
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +42,19 @@ def test_attention_compiles_and_copies_no_cache(compiled, shape, i):
     assert not [line for line in compiled[i].splitlines() if "copy(" in line]
 
 
+@pytest.mark.parametrize(("shape", "i"), [(s, i) for i, s in enumerate(APPENDS, len(SHAPES))])
+def test_an_append_compiles_and_is_one_kernel(compiled, shape, i):
+    launches = re.findall(r"= .+? (fusion|custom-call|copy|scatter)\(", compiled[i])
+    rotated_ahead = shape[4] % 128 != 0
+    assert launches == ["fusion"] * rotated_ahead + ["custom-call"]
+    assert "output_to_operand_aliasing={{" in compiled[i]
+
+
 def compile_all() -> list[str | None]:
     import jax
     import jax.numpy as jnp
 
-    from jaxquant.attention import decode_attention
+    from jaxquant.attention import append_and_attend, decode_attention
 
     sharding = h200()
 
@@ -53,7 +69,28 @@ def compile_all() -> list[str | None]:
         args = [jax.ShapeDtypeStruct(*o, sharding=sharding) for o in operands]
         return jax.jit(attend).lower(*args).compile().as_text()
 
-    return [compile_shape(*s) for s in SHAPES]
+    def compile_append(B, H, G, S, D, window, softcap):
+        def append(qkv, k, v, layer, lengths, rotation):
+            return append_and_attend(
+                qkv,
+                k,
+                v,
+                layer,
+                lengths,
+                rotation,
+                window=window,
+                softcap=softcap,
+                implementation="mosaic_gpu",
+            )
+
+        cache, table = ((2, B, H, S, D), jnp.bfloat16), ((B, D // 2), jnp.float32)
+        operands = [((B, H * (G + 2), D), jnp.bfloat16), cache, cache, ((), "int32")]
+        operands += [((B,), "int32"), table, table]
+        *args, cos, sin = [jax.ShapeDtypeStruct(*o, sharding=sharding) for o in operands]
+        run = jax.jit(append, donate_argnums=(1, 2))
+        return run.lower(*args, (cos, sin)).compile().as_text()
+
+    return [compile_shape(*s) for s in SHAPES] + [compile_append(*s) for s in APPENDS]
 
 
 if __name__ == "__main__":

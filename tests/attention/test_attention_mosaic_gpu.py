@@ -11,11 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_reference import cache_and_query, definition, relative_error
+from attention_reference import (
+    appended,
+    cache_and_query,
+    cache_and_token,
+    definition,
+    relative_error,
+)
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxquant.attention import decode_attention, decode_sm90, mosaic_gpu
+from jaxquant.attention import append_and_attend, decode_attention, decode_sm90, mosaic_gpu
 from jaxquant.attention.decode_sm90 import Config
 
 # What rounding the weights and the result costs.
@@ -120,6 +126,111 @@ def test_vmap_over_queries_and_layers(hopper):
     ys = jax.vmap(lambda q, l: attend(q, k, v, l, lengths))(qs, layers)
     for q, y, l in zip(qs, ys, (0, 1, 1), strict=True):
         assert relative_error(y, definition(q, k, v, l, lengths)) <= TOLERANCE
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Equal but for a bit, which a fused multiply and add may give or take; NaN for NaN."""
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    return np.allclose(a, b, rtol=2**-7, atol=1e-6, equal_nan=True)
+
+
+def same_bytes(a: Any, b: Any) -> bool:
+    return np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("B", "H", "G", "S", "D", "lengths", "rotates", "options"),
+    [
+        (2, 2, 4, 136, 128, [71, 136], True, {}),
+        (2, 1, 2, 72, 256, [1, 65], True, {"window": 7}),
+        (2, 1, 2, 72, 64, [64, 2], True, {}),  # rotated ahead of the kernel
+        (1, 4, 12, 72, 64, [70], False, {"softcap": 5.0, "scale": 0.3}),
+        (1, 1, 6, 136, 128, [66], True, {"window": 1}),
+        (1, 1, 4, 136, 128, [129], True, {"window": 100}),  # in a cluster of 2
+    ],
+)
+def test_appending_is_the_definitions(hopper, B, H, G, S, D, lengths, rotates, options):
+    qkv, k, v, lengths, rotation = cache_and_token(B, H, G, S, D, "bfloat16", lengths=lengths)
+    operands: Any = qkv, k, v, 1, lengths, rotation if rotates else None
+    y, *cache = append_and_attend(*operands, implementation="mosaic_gpu", **options)
+    q, *expected = appended(*operands)
+    assert (y.shape, y.dtype) == ((B, H * G, D), qkv.dtype)
+    assert relative_error(y, definition(q, *expected, 1, lengths, **options)) <= TOLERANCE
+    xla = append_and_attend(*operands, implementation="xla", **options)
+    assert all(alike(*pair) for pair in zip(cache, xla[1:], strict=True))
+
+
+def test_an_append_in_every_part_of_a_cluster(hopper):
+    # The first thread block has the new token; the others may have no tile.
+    config = Config(64, 2, 4)
+    for length in (1, 64, 65, 333):
+        qkv, k, v, lengths, rotation = cache_and_token(
+            1, 1, 4, 400, 128, "bfloat16", lengths=[length]
+        )
+        y, *_ = decode_sm90.append_and_attend(
+            qkv,
+            k,
+            v,
+            jnp.array([1]),
+            lengths,
+            rotation,
+            window=None,
+            scale=128**-0.5,
+            softcap=None,
+            config=config,
+        )
+        q, *expected = appended(qkv, k, v, 1, lengths, rotation)
+        assert relative_error(y, definition(q, *expected, 1, lengths)) <= TOLERANCE
+
+
+def test_steps_of_a_loop_over_layers(hopper):
+    qkv, k, v, lengths, rotation = cache_and_token(1, 2, 2, 72, 128, "bfloat16", L=3)
+
+    def loop(implementation):
+        def layer(l, carry):
+            qkv, k, v = carry
+            y, k, v = append_and_attend(
+                qkv, k, v, l, lengths, rotation, implementation=implementation
+            )
+            return qkv.at[:, :4].set(y), k, v
+
+        return jax.jit(lambda *carry: lax.fori_loop(0, 3, layer, carry))(qkv, k, v)
+
+    (y, *cache), (expected, *expected_cache) = loop("mosaic_gpu"), loop("xla")
+    assert relative_error(y, np.asarray(expected, np.float64)) <= 2 * TOLERANCE
+    assert all(alike(*pair) for pair in zip(cache, expected_cache, strict=True))
+
+
+def test_vmap_of_an_append(hopper):
+    qkv, k, v, lengths, rotation = cache_and_token(2, 1, 2, 72, 128, "bfloat16")
+
+    def append(qkv, k, v, length, *rotation):
+        one = jax.tree.map(lambda a: a[None], (qkv, length, rotation))
+        stack = k[:, None], v[:, None]
+        run = append_and_attend(one[0], *stack, 1, one[1], one[2], implementation="mosaic_gpu")
+        return jax.tree.map(lambda a: a[0], run[0]), run[1][:, 0], run[2][:, 0]
+
+    axes = 0, 1, 1, 0, 0, 0
+    y, new_k, new_v = jax.vmap(append, in_axes=axes, out_axes=(0, 1, 1))(
+        qkv, k, v, lengths, *rotation
+    )
+    expected = append_and_attend(qkv, k, v, 1, lengths, rotation, implementation="mosaic_gpu")
+    assert all(same_bytes(*pair) for pair in zip((y, new_k, new_v), expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 1, 1, 64, 80), "D is 80; the kernel takes multiples of 64, where it appends"),
+        ((1, 8, 1, 60, 64), "S is 60; the kernel takes multiples of 8"),
+    ],
+)
+def test_appends_it_refuses(hopper, shape, message):
+    qkv, k, v, lengths, _ = cache_and_token(*shape, "bfloat16")
+    with pytest.raises(NotImplementedError) as caught:
+        append_and_attend(qkv, k, v, 0, lengths, implementation="mosaic_gpu")
+    assert str(caught.value) == f"mosaic_gpu: {message}"
+    append_and_attend(qkv, k, v, 0, lengths)  # the kernel may run behind an append by XLA
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_both_forms_are_attention_by_hand():
     expanded = expanded_attention(q_nope, q_rope, kv, k_rope, SCALE)
     padded = jnp.pad(latents, ((0, 0), (0, 3), (0, 0))), jnp.pad(k_rope, ((0, 0), (0, 3), (0, 0)))
     absorbed = absorbed_attention(
-        q_nope[:, -1:], q_rope[:, -1:], *padded, kv_b, jnp.full(B, T - 1), SCALE
+        q_nope[:, -1:], q_rope[:, -1:], *padded, kv_b, jnp.full(B, T), SCALE
     )
     assert np.allclose(expanded[:, -1], want, atol=1e-5)
     assert np.allclose(absorbed[:, 0], want, atol=1e-5)
@@ -79,8 +79,9 @@ def test_a_decode_step_is_the_last_token_of_a_prefill(q_rank, scheme, tolerance)
         return w if scheme == "plain" or w.ndim < 3 else jq.quantize(w, config)
 
     module = jax.tree.map(fill, module)
+    rope = Rope(DR, 10000.0, interleaved=True)
     kind, x, ids = (
-        LayerKind(Rope(DR, 10000.0, interleaved=True)),
+        LayerKind(rope),
         normal(B, T, 48),
         jnp.zeros((B, T), int),
     )
@@ -88,11 +89,11 @@ def test_a_decode_step_is_the_last_token_of_a_prefill(q_rank, scheme, tolerance)
     @functools.partial(jax.jit, static_argnums=0)
     def prefill(n):
         cache = cfg.empty_cache(2, B, T, x.dtype)
-        return module(x[:, :n], 1, Prefill.of(ids[:, :n], jnp.full(B, n)), cache, 1, kind)
+        return module(x[:, :n], 1, Prefill.of(ids[:, :n], [rope], jnp.full(B, n)), cache, 1, kind)
 
     @jax.jit
     def decode(cache):
-        return module(x[:, -1:], 1, DecodeStep.of(jnp.full(B, T - 1)), cache, 1, kind)
+        return module(x[:, -1:], 1, DecodeStep.of(jnp.full(B, T - 1), [rope]), cache, 1, kind)
 
     (whole, _), (short, cache) = prefill(T), prefill(T - 1)
     step, _ = decode(cache)
