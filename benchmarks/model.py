@@ -157,6 +157,7 @@ def main() -> None:
         "FP8 W8A8": jq.QuantConfig(),
         "FP8 W8A8, head too": jq.QuantConfig(quantize_head=True),
     }
+    print("\n".join(lines), flush=True)
     for name, config in configs.items():
         model = build(args.shape, config)
         decode = [time_decode(model, B, args.context) for B in args.batch]
@@ -165,10 +166,9 @@ def main() -> None:
         lines.append(f"| {name} | {' | '.join(cells)} | {decode[0][1]:.1f} |")
         print(lines[-1], flush=True)
         del model
-    print("\n".join(lines))
-    if args.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{args.save}.md").write_text("\n".join(lines) + "\n")
+        if args.save:
+            RESULTS.mkdir(exist_ok=True)
+            (RESULTS / f"{args.save}.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

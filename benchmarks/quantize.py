@@ -1,16 +1,20 @@
-"""Times and checks the quantization of activations on a GPU, against a copy of as many bytes.
+"""Times and checks quantization on a GPU, against a copy of as many bytes.
 
-    python benchmarks/quantize.py [-m 13 512 8192]
+    python benchmarks/quantize.py [-m 13 512 8192] [-o benchmarks/results/quantize-h200.md]
 
-An 8B model's products: what stands before query, key and value (RMSNorm, K = 4096), before the
-attention's output (nothing, 4096) and before down (SiLU times up, 14336), in BF16. CUPTI time of
-the kernel, median, over operands that together do not stay in L2 where there is a bandwidth to
+Activations of an 8B model: what stands before query, key and value (RMSNorm, K = 4096), before the
+attention's output (nothing, 4096) and before down (SiLU times up, 14336), and two K in other
+numbers of groups, in BF16. Then its weights, in 128x128 blocks, M being their rows. CUPTI time of
+the kernels, median, over operands that together do not stay in L2 where there is a bandwidth to
 speak of; that of the copy is of an XLA kernel that reads and writes as many bytes, half each.
 Where nothing stands before it the bytes have to be those of `jaxquant.blocked`; else the share
 that differs is shown, since a norm or an exp may differ before it is rounded.
 """
 
 import argparse
+import datetime
+import functools
+import pathlib
 import statistics
 import sys
 from collections.abc import Callable
@@ -19,33 +23,41 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import jaxquant as jq
 from jaxquant import blocked
 from jaxquant.matmul import RMSNorm, SiluMul
 from jaxquant.matmul.act_quant_sm90 import quantize
 
 # Odd numbers of tokens too: what is stored in pairs or by tiles has to end where they do.
 MS = (1, 5, 13, 16, 33, 64, 129, 512, 4096, 8192)
-KS = {"rms_norm": 4096, "none": 4096, "silu_mul": 14336}
+# What stands before, and K; the last two in numbers of groups that warpgroups do not share evenly.
+BEFORE = (
+    ("rms_norm", 4096),
+    ("none", 4096),
+    ("silu_mul", 14336),
+    ("rms_norm", 3584),
+    ("silu_mul", 1536),
+)
+NKS = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336))
 ROTATED_BYTES = 150 << 20
 MAX_SETS = 8
 REPEATS = 5
 
 
-def prologue_of(name: str) -> Any:
+def prologue_of(name: str, K: int) -> Any:
     """What stands before."""
-    norm = RMSNorm(jax.random.normal(jax.random.key(1), (1, KS[name]), jnp.bfloat16), 1e-5)
+    norm = RMSNorm(jax.random.normal(jax.random.key(1), (1, K), jnp.bfloat16), 1e-5)
     return {"rms_norm": norm, "silu_mul": SiluMul(), "none": None}[name]
 
 
-def operands(M: int, name: str) -> list[jax.Array]:
-    """Tokens of widely different sizes, the first all zeros."""
-    columns = KS[name] * (2 if name == "silu_mul" else 1)
+def operands(M: int, columns: int, spread: float) -> list[jax.Array]:
+    """Rows of widely different sizes, the first all zeros."""
     sets = max(1, min(MAX_SETS, ROTATED_BYTES // (M * columns * 2)))
 
     @jax.jit
     def make(key):
         x, size = jax.random.normal(key, (M, columns)), jax.random.normal(key, (M, 1))
-        return (x * jnp.exp(4 * size if name == "none" else size)).at[0].set(0).astype("bfloat16")
+        return (x * jnp.exp(spread * size)).at[0].set(0).astype("bfloat16")
 
     return [make(key) for key in jax.random.split(jax.random.key(M), sets)]
 
@@ -76,34 +88,56 @@ def microseconds(run: Callable[[jax.Array], Any], xs: list[jax.Array]) -> float:
     return statistics.median(one(x) for _ in range(REPEATS) for x in xs)
 
 
-def row(M: int, name: str) -> str:
-    """One line of the table."""
-    K, prologue, xs = KS[name], prologue_of(name), operands(M, name)
+def activations(M: int, name: str, K: int) -> str:
+    """A line of the table."""
+    prologue = prologue_of(name, K)
+    xs = operands(M, K * (2 if name == "silu_mul" else 1), 4 if name == "none" else 1)
     layer, rows = jnp.zeros(1, jnp.int32), -(-M // 8) * 8
     run = jax.jit(lambda x: quantize(prologue, x, layer, K, rows)).lower(xs[0]).compile()
     wrong = differing(prologue, xs[0], *run(xs[0]))
     if wrong and prologue is None:
         raise RuntimeError(f"M = {M}, {name}: {wrong} bytes or scales are not those of XLA")
+    return row(M, K, name, run, xs, f"{wrong / (M * K):.1e}")
+
+
+def weights(N: int, K: int) -> str:
+    """A line of the table."""
+    ws = operands(N, K, 1)
+    return row(N, K, "weight", jax.jit(blocked.quantize).lower(ws[0]).compile(), ws, "")
+
+
+def row(M: int, K: int, name: str, run: Any, xs: list[jax.Array], differ: str) -> str:
+    """Times `run` and a copy."""
     size = 2 * xs[0].size + M * K
     copied = [jnp.full((size // 4,), i, jnp.bfloat16) for i in range(len(xs))]
     ours, copy = microseconds(run, xs), microseconds(jax.jit(jnp.negative), copied)
     cells = [M, K, name, f"{ours:.1f}", f"{size / ours / 1e6:.2f}", f"{copy:.1f}"]
-    cells += [f"{copy / ours:.2f}", f"{wrong / (M * K):.1e}"]
-    return f"| {' | '.join(map(str, cells))} |"
+    return f"| {' | '.join(map(str, [*cells, f'{copy / ours:.2f}', differ]))} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("-m", type=int, nargs="+", default=MS)
+    default = pathlib.Path(__file__).parent / "results" / "quantize-h200.md"
+    parser.add_argument("-o", "--output", type=pathlib.Path, default=default)
     args = parser.parse_args()
     device = jax.devices()[0]
     if device.platform != "gpu":
         sys.exit(f"benchmarks/quantize.py times GPU kernels; the device is a {device.platform}")
-    print("| M | K | before | us | TB/s | copy us | of a copy | differing |")
-    print("|--:|--:|:-------|---:|-----:|--------:|----------:|----------:|")
-    for M in args.m:
-        for name in KS:
-            print(row(M, name), flush=True)
+    lines = [
+        f"{datetime.date.today()}, {device.device_kind}, jax {jax.__version__}, jaxquant "
+        f"{jq.__version__}; `benchmarks/quantize.py` says what the columns are.",
+        "",
+        "| M | K | before | us | TB/s | copy us | of a copy | differing |",
+        "|--:|--:|:-------|---:|-----:|--------:|----------:|----------:|",
+    ]
+    print("\n".join(lines), flush=True)
+    jobs = [functools.partial(activations, M, *before) for M in args.m for before in BEFORE]
+    jobs += [functools.partial(weights, *shape) for shape in NKS]
+    for job in jobs:
+        lines.append(job())
+        print(lines[-1], flush=True)
+        args.output.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -179,7 +179,8 @@ def quantize_many(
                     s_smem[warpgroup, group] = scale
 
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(s_smem.at[warpgroup], s_gmem.at[pl.ds(first, own), tokens])
+        scales = s_smem.at[warpgroup, pl.ds(0, own)]
+        plgpu.copy_smem_to_gmem(scales, s_gmem.at[pl.ds(first, own), tokens])
         plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
@@ -196,7 +197,8 @@ def quantize_many(
                 dtype,
                 transforms=(plgpu.TilingTransform((ACTIVATION_GROUP,)),),  # pyright: ignore[reportAbstractUsage]
             ),
-            plgpu.SMEM((warpgroups, own, TILE_GROUPS), jnp.float32),
+            # TMA reads from multiples of 128 bytes: where a warpgroup's scales begin.
+            plgpu.SMEM((warpgroups, round_up(own, 4), TILE_GROUPS), jnp.float32),
             plgpu.SMEM((warpgroups, TILE_GROUPS), jnp.float32),
             plgpu.Barrier(num_arrivals=halves, num_barriers=(warpgroups, copies)),
             plgpu.Barrier(num_arrivals=warpgroups),

@@ -164,6 +164,7 @@ def prologue_of(name: str, K: int, dtype: np.dtype = BF16) -> Any:
         (133, 256, "rms_norm", BF16),
         (131, 128, "silu_mul", F32),
         (129, 2176, "silu_mul", BF16),  # 17 groups, which nothing divides
+        (136, 1536, "silu_mul", BF16),  # warpgroups of 3 groups
         (3, 1152, "rms_norm", BF16),  # the last 8 groups overlap the ones before
         (2, 5120, "rms_norm", BF16),  # more tiles than warpgroups, and not a multiple
         (9, 1024, "silu_mul", BF16),
