@@ -9,11 +9,13 @@ Memory is counted above what the process had after importing jaxquant and starti
 the highest resident size (VmHWM, mapped files included), `anonymous` the highest RssAnon seen by a
 thread that looks every 2 ms, `device` the most that was allocated on a GPU. The bound for FP8 is:
 FP8 model + largest layer in BF16 + 300 MB on a CPU, FP8 model + 1 GiB of a GPU's memory.
+Where transformers and torch are installed, they load the same files beside, at `again` too.
 Synthetic checkpoints of 8 GB and more have the matrices of an 8B Llama; TMPDIR says where they go.
 """
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -26,6 +28,7 @@ import time
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+PEAKS = ("peak", "anonymous", "device")
 
 
 def memory(field: str) -> float:
@@ -35,7 +38,7 @@ def memory(field: str) -> float:
 
 
 def measure(path: str, mode: str) -> dict:
-    """Loads once, in this process."""
+    """Loads twice, in this process."""
     import jax
     import jax.numpy as jnp
 
@@ -79,6 +82,29 @@ def measure(path: str, mode: str) -> dict:
         "anonymous": peak_of_first - base_anonymous,
         "device": stats.get("peak_bytes_in_use"),
     }
+
+
+def measure_transformers(path: str, mode: str) -> dict:
+    """Loads twice, in this process, with torch; to a GPU if there is one."""
+    import torch  # pyright: ignore
+    import transformers  # pyright: ignore
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = {"dtype": torch.bfloat16, "device_map": device}
+    if mode == "fp8":
+        options["quantization_config"] = transformers.FineGrainedFP8Config()
+    torch.zeros(1, device=device)
+
+    def load() -> float:
+        start = time.perf_counter()
+        transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    cpu = time.process_time()
+    seconds = load()
+    return {"seconds": seconds, "cpu": time.process_time() - cpu, "again": load()}
 
 
 def synthetic(directory: Path, gigabytes: float) -> Path:
@@ -162,10 +188,12 @@ def main() -> None:
     parser.add_argument(
         "--save", nargs="?", const="load", metavar="NAME", help="write benchmarks/results/NAME.md"
     )
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(*args.measure)))
+        path, library, mode = args.measure
+        run = measure if library == "jaxquant" else measure_transformers
+        print(json.dumps(run(path, mode)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         paths = [*args.paths]
@@ -178,6 +206,17 @@ def main() -> None:
         (RESULTS / f"{args.save}.md").write_text("\n".join(lines) + "\n")
 
 
+def programs() -> list[tuple[str, str]]:
+    """Libraries and modes to measure."""
+    import jax
+
+    ours = [("jaxquant", "bf16"), ("jaxquant", "fp8")]
+    if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        return ours
+    theirs = [("transformers", "bf16"), ("transformers", "fp8")]  # which needs a GPU
+    return ours + theirs[: 1 if jax.devices()[0].platform == "cpu" else 2]
+
+
 def table(paths: list[str]) -> list[str]:
     lines = [
         machine(),
@@ -188,20 +227,20 @@ def table(paths: list[str]) -> list[str]:
     ]
     for path in paths:
         fp8, limit = bound(path)
-        for mode in ("bf16", "fp8"):
+        for library, mode in programs():
             size = cache(path)
-            command = [sys.executable, __file__, "--measure", path, mode]
+            command = [sys.executable, __file__, "--measure", path, library, mode]
             run = subprocess.run(command, stdout=subprocess.PIPE, check=True)
             out = json.loads(run.stdout)
             rates = (f"{out[k]:.2f} | {size / out[k] / 1e9:.2f}" for k in ("seconds", "again"))
-            device = out["device"]
+            device = out.get("device")
             bounds = f"{fp8 / 1e6:.0f} | {(fp8 + 2**30 if device else limit) / 1e6:.0f}"
+            memory = [f"{out[k] / 1e6:.0f}" if out.get(k) else "" for k in PEAKS]
+            name = mode if library == "jaxquant" else f"{library} {mode}"
             lines.append(
-                f"| {Path(path).name} ({size / 1e6:.0f} MB) | {mode} | {' | '.join(rates)} "
-                f"| {out['cpu'] / size * 1e9:.2f} "
-                f"| {out['peak'] / 1e6:.0f} | {out['anonymous'] / 1e6:.0f} "
-                f"| {f'{device / 1e6:.0f}' if device else ''} "
-                f"| {bounds if mode == 'fp8' else ' | '} |"
+                f"| {Path(path).name} ({size / 1e6:.0f} MB) | {name} | {' | '.join(rates)} "
+                f"| {out['cpu'] / size * 1e9:.2f} | {' | '.join(memory)} "
+                f"| {bounds if name == 'fp8' else ' | '} |"
             )
     return lines
 

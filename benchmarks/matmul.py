@@ -9,6 +9,7 @@
     jaxquant    this package's kernel on the same operands: quantized activations
     with quant  `jaxquant.matmul` of BF16 activations, their quantization included; what one kernel
                 does both ways has no time of its own in the column before
+    weight only `jaxquant.matmul` of BF16 activations as they are
 
 One clock for all: the durations of the kernels on the device, by CUPTI, added up; jax's profiler
 of Mosaic kernels records torch's as well, since it is the process that CUPTI watches. Host time
@@ -18,6 +19,7 @@ one another without a pause, so that the GPU has the clock it keeps under load. 
 """
 
 import argparse
+import dataclasses
 import datetime
 import math
 import os
@@ -54,7 +56,7 @@ PREFILL = 512
 ROTATED_BYTES = 150 << 20
 MAX_SETS = 6
 REPEATS = 5
-COLUMNS = ("BF16", "FP8 tensor", "cuBLASLt", "jaxquant", "with quant")
+COLUMNS = ("BF16", "FP8 tensor", "cuBLASLt", "jaxquant", "with quant", "weight only")
 
 
 def dot(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -63,7 +65,7 @@ def dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())))
 
 
-def with_quantization(x: jax.Array, w: jq.QuantizedArray) -> jax.Array:
+def by_api(x: jax.Array, w: jq.QuantizedArray) -> jax.Array:
     """The product of a quantized model."""
     return api.matmul(x, w, implementation="mosaic_gpu")
 
@@ -143,7 +145,11 @@ def compile_ours(M: int, N: int, K: int) -> dict[str, Callable[[], Any]]:
     bf16, fp8, shape, sets = jnp.bfloat16, jnp.float8_e4m3fn, jax.ShapeDtypeStruct, sets_of(N, K)
     qvalue, scale = shape((N, K), fp8), shape((-(-N // 128), -(-K // 128)), jnp.float32)
     w = jq.QuantizedArray(qvalue, scale, (128, 128), jnp.dtype(bf16))
-    runs = {"with quant": compiled(with_quantization, shape((M, K), bf16), w, sets)}
+    weight_only = dataclasses.replace(w, activation_scheme=None)
+    runs = {
+        "with quant": compiled(by_api, shape((M, K), bf16), w, sets),
+        "weight only": compiled(by_api, shape((M, K), bf16), weight_only, sets),
+    }
     if (found := kernel(M, N, K)) is not None:
         product, rows, scale_rows = found
         x = shape((rows, K), fp8), shape((-(-K // 128), scale_rows), jnp.float32)
@@ -227,13 +233,14 @@ def row(M: int, N: int, K: int, times: dict[str, float]) -> str:
     cells = [M, N, K, *(f"{times[c]:.1f}" if c in times else "" for c in COLUMNS)]
     ratio = speed(times)
     cells.append("" if ratio is None else f"{ratio:.2f}")
-    cells.append(f"{times['BF16'] / times['with quant']:.2f}")
+    cells += [f"{times['BF16'] / times[c]:.2f}" for c in ("with quant", "weight only")]
     return f"| {' | '.join(map(str, cells))} |"
 
 
+RATIOS = ("jaxquant / cuBLASLt speed", "with quant / BF16 speed", "weight only / BF16 speed")
 HEADER = f"""\
-| M | N | K | {" | ".join(COLUMNS)} | jaxquant / cuBLASLt speed | with quant / BF16 speed |
-|--:|--:|--:|{"--:|" * len(COLUMNS)}--:|--:|"""
+| M | N | K | {" | ".join(COLUMNS + RATIOS)} |
+|--:|--:|--:|{"--:|" * len(COLUMNS + RATIOS)}"""
 
 
 def summary(results: dict[tuple[int, int, int], dict[str, float]]) -> str:

@@ -118,7 +118,8 @@ def _check_layer(layer: Any, L: int) -> None:
     allowed = f"; allowed: 0 to {L - 1}"
     if not isinstance(layer, int | np.integer):
         # Nothing but under checkify.
-        inside = (layer >= -L) & (layer < L)
+        index = jnp.asarray(layer, jnp.int32)
+        inside = (index >= -L) & (index < L)
         checkify.debug_check(inside, "matmul: layer is {layer}" + allowed, layer=layer)
     elif not -L <= layer < L:
         raise JaxquantError(f"matmul: layer is {layer}{allowed}")

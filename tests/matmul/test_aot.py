@@ -19,6 +19,7 @@ PRODUCTS = [
     (100, 200, 96, "bfloat16", "bfloat16", None, ["quantize_ragged", "decode_fp8"]),
     (130, 192, 576, "bfloat16", "float32", "rms_norm", ["quantize_ragged", "gemm_fp8"]),
     (300, 8, 32, "float32", "float32", None, ["quantize_ragged", "gemm_fp8"]),
+    (200, 576, 1536, "bfloat16", "bfloat16", "silu_mul", ["quantize_many", "gemm_fp8"]),
     (512, 4096, 14336, "bfloat16", "bfloat16", "silu_mul", ["quantize_many", "gemm_fp8"]),
     (4096, 28672, 4096, "bfloat16", "bfloat16", "rms_norm", ["quantize_many", "gemm_fp8"]),
 ]
