@@ -10,20 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jax._src import config as jax_config
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import math as mlir_math
 from jaxtyping import Array, Float32
 
 from jaxquant.blocked import ieee_divide
-
-
-def interpreted() -> bool:
-    """Whether Pallas' interpreter is to run the kernel that is being traced."""
-    # No public name says so.
-    mode = getattr(jax_config, "pallas_tpu_interpret_mode_context_manager", None)
-    return mode is not None and mode.value is not None
+from jaxquant.hopper import interpreted
 
 
 def reciprocal(x: Float32[Array, "..."], layout: Any) -> Float32[Array, "..."]:

@@ -17,7 +17,7 @@ from jax.experimental.mosaic.gpu import fragmented_array, mma_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import llvm
 
-from jaxquant.matmul.arithmetic_sm90 import interpreted
+from jaxquant.hopper import interpreted
 from jaxquant.matmul.sm90 import FP8, K_BLOCK, multiply, swizzled
 
 _LAYOUT = plgpu.Layout.WGMMA
