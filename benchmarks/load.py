@@ -9,7 +9,8 @@ Memory is counted above what the process had after importing jaxquant and starti
 the highest resident size (VmHWM, mapped files included), `anonymous` the highest RssAnon seen by a
 thread that looks every 2 ms, `device` the most that was allocated on a GPU. The bound for FP8 is:
 FP8 model + largest layer in BF16 + 300 MB on a CPU, FP8 model + 1 GiB of a GPU's memory.
-Where transformers and torch are installed, they load the same files beside, at `again` too.
+Where transformers and torch are installed, they load the same files beside; to a CPU they map the
+files, and read them when they are used.
 Synthetic checkpoints of 8 GB and more have the matrices of an 8B Llama; TMPDIR says where they go.
 """
 
