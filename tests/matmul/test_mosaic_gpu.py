@@ -15,7 +15,7 @@ import numpy as np
 import numpy_reference
 import pytest
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import Slice, mosaic_gpu as plgpu
 from numpy_reference import BF16, heavy_tailed, make_weight, normal, zero_blocks
 
 from jaxquant import blocked, hopper as hopper_module
@@ -177,6 +177,34 @@ def test_tokens_are_quantized_after_a_prologue(hopper, M, K, name, dtype):
     prologue, layer = prologue_of(name, K, dtype), jnp.full(1, -2, jnp.int32)
     qvalue, scale = quantize(prologue, x, layer, K, round_up(M, 8))
     assert_quantized(qvalue[:M], scale.T[:M], x if prologue is None else prologue(x, 1))
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "silu_mul", "none"])
+@pytest.mark.parametrize("groups", [1, 2, 6, 7, 12, 17, 28, 32, 40, 112])
+def test_copies_begin_where_tma_can_read_and_write(monkeypatch, groups, name):
+    begins = []
+
+    def watched(copy):
+        def run(*refs, **options):
+            for ref in refs[:2]:
+                if ref.memory_space != plgpu.SMEM:
+                    continue
+                for indexer in (t for t in ref.transforms if hasattr(t, "indices")):
+                    strides = np.cumprod([1, *indexer.shape[:0:-1]])[::-1] * ref.dtype.itemsize
+                    picked = [not isinstance(i, Slice) for i in indexer.indices]
+                    begins.extend(strides[picked].tolist())
+            return copy(*refs, **options)
+
+        return run
+
+    for copy in ("copy_gmem_to_smem", "copy_smem_to_gmem"):
+        monkeypatch.setattr(plgpu, copy, watched(getattr(plgpu, copy)))
+    K = 128 * groups
+    x = jax.ShapeDtypeStruct((200, 2 * K if name == "silu_mul" else K), jnp.bfloat16)
+    prologue, layer = prologue_of(name, K), jnp.zeros(1, jnp.int32)
+    jax.eval_shape(lambda x: quantize(prologue, x, layer, K, 200), x)
+    assert begins
+    assert all(stride % 128 == 0 for stride in begins)
 
 
 def test_tokens_that_smem_does_not_hold_are_normalized_before(hopper, monkeypatch):
