@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from jaxquant.attention import append, append_and_attend
@@ -121,8 +122,8 @@ class Prefill(Forward):
         start = (layer, 0, 0, 0, 0)
         cache = dataclasses.replace(
             cache,
-            k=lax.dynamic_update_slice(cache.k, k.swapaxes(1, 2)[None], start),
-            v=lax.dynamic_update_slice(cache.v, v.swapaxes(1, 2)[None], start),
+            k=lax.dynamic_update_slice(cache.k, _heads_first(k)[None], start),
+            v=lax.dynamic_update_slice(cache.v, _heads_first(v)[None], start),
         )
         return causal_attention(q, k, v, window, scale, softcap), cache
 
@@ -187,6 +188,12 @@ class DecodeStep:
             qkv, cache.k, cache.v, layer, self.filled, rotation, **options
         )
         return out[:, None], dataclasses.replace(cache, k=k, v=v)
+
+
+def _heads_first(new: Float[Array, "B T H D"]) -> Float[Array, "B H T D"]:
+    """In the cache's layout. Left to itself, XLA gives the cache this one's, by two transposes."""
+    new = new.swapaxes(1, 2)
+    return with_layout_constraint(new, Layout(major_to_minor=tuple(range(new.ndim))))
 
 
 def causal_attention(

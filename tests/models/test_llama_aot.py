@@ -10,6 +10,7 @@ from hopper import h200, needs_plugin, run_apart
 pytestmark = needs_plugin
 
 HIDDEN, WIDE, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB, SLOTS = 1024, 2816, 8, 2, 128, 3, 512, 512
+CACHE = rf"bf16\[{LAYERS},\d+,{KV_HEADS},{SLOTS},{HEAD_DIM}\]"
 # The keys of one sequence, less than any stack of weights; activations are smaller.
 LARGE = LAYERS * KV_HEADS * SLOTS * HEAD_DIM
 
@@ -55,6 +56,9 @@ def test_no_stack_of_weights_and_no_cache_is_copied(compiled, program):
     assert {opcode for dtype, opcode in large if dtype == "f8e4m3fn"} <= {
         "parameter", "bitcast", "get-tuple-element"
     }  # fmt: skip
+    # A cache in another layout than the program's would be transposed, there and back.
+    layouts = set(re.findall(CACHE + r"{([\d,]*)}", compiled[program]))
+    assert layouts == {"4,3,2,1,0"}
     assert "copy" not in {opcode for _, opcode in large}
 
 
