@@ -67,20 +67,21 @@ def quantize(
 
 
 def quantize_activations(
-    x: Float[Array, "*lead K"],
-) -> tuple[Float[Array, "*lead K"], Float32[Array, "*lead (K+127)//128"]]:
-    """Quantizes activations to e4m3, one scale per token and 128 columns.
+    x: Float[Array, "*lead K"], group: int = ACTIVATION_GROUP
+) -> tuple[Float[Array, "*lead K"], Float32[Array, "*lead groups"]]:
+    """Quantizes activations to e4m3, one scale per token and group of columns.
 
     Args:
       x: `[..., K]`, floating; K may be ragged.
+      group: columns that share a scale.
 
     Returns:
-      qvalue `[..., K]` float8_e4m3fn and scale `[..., ceil(K / 128)]` float32, with
+      qvalue `[..., K]` float8_e4m3fn and scale `[..., ceil(K / group)]` float32, with
       `scale = max(amax, 1e-10) / 448`.
     """
     qvalue, scale = _quantize(
         x[..., None, :],
-        (1, ACTIVATION_GROUP),
+        (1, group),
         jnp.dtype(jnp.float8_e4m3fn),
         ACTIVATION_AMAX_FLOOR,
         None,
@@ -183,7 +184,7 @@ def take_layer(stack: Array, layer: Any) -> Array:
     if jax.default_backend() == "cpu":
         # Keeps a loop over layers from taking the bytes of the whole stack in front of it.
         stack, layer = lax.optimization_barrier((stack, layer))
-    layer_bytes = lax.dynamic_index_in_dim(_bytes(stack), layer, keepdims=False)
+    layer_bytes = lax.dynamic_index_in_dim(as_bytes(stack), layer, keepdims=False)
     return lax.bitcast_convert_type(layer_bytes, stack.dtype)
 
 
@@ -194,11 +195,12 @@ def put(param: Array, rows: Array, index: tuple, row: Any) -> Array:
     """
     start = (*index, row, *(0 for _ in rows.shape[1:]))
     rows = rows.reshape(*(1 for _ in index), *rows.shape)
-    new = lax.dynamic_update_slice(_bytes(param), _bytes(rows), start)
+    new = lax.dynamic_update_slice(as_bytes(param), as_bytes(rows), start)
     return lax.bitcast_convert_type(new, param.dtype)
 
 
-def _bytes(x: Array) -> Array:
+def as_bytes(x: Array) -> Array:
+    """FP8 values as the uint8 that they are; anything else as it is."""
     return lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.itemsize == 1 else x
 
 
@@ -236,7 +238,7 @@ def _narrow_e4m3(x: Array) -> Array:
 
 def _widen_e4m3(qvalue: Array) -> Array:
     # With exponent e and mantissa m, the value is 2^(e - 7) * (1 + m / 8), or m * 2^-9 if e = 0.
-    bits = _bytes(qvalue).astype(jnp.uint32)
+    bits = as_bytes(qvalue).astype(jnp.uint32)
     magnitude = bits & 0x7F
     normal = lax.bitcast_convert_type((magnitude + ((127 - 7) << 3)) << 20, jnp.float32)
     value = jnp.where(magnitude < 8, magnitude.astype(jnp.float32) * 2.0**-9, normal)

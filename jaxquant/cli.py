@@ -108,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--min-p", type=float, default=0.0, metavar="P")
     generate.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--cache-dtype", choices=("float8_e4m3fn",),
+                          help="of keys and values (default: that of --dtype)")  # fmt: skip
     generate.add_argument("--stop", action="append", default=[], help="may be given repeatedly")
     _add_json(generate)
 
@@ -276,6 +278,7 @@ def _generate(args: argparse.Namespace) -> None:
             "repetition_penalty",
             "seed",
             "stop",
+            "cache_dtype",
         )
     }
     if args.json:

@@ -17,6 +17,8 @@ from jaxquant.models.attention import Cache
 # Tokens per call into the device, at most; a stream asks for fewer at a time.
 LONGEST_CHUNK = 64
 STREAM_CHUNK = 8
+# What a cache may be made of, beside the model's dtype.
+CACHE_DTYPES = ("float8_e4m3fn",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,7 @@ def stream(
     max_new_tokens: int,
     stop_tokens: Sequence[int] = (),
     chunk: int = STREAM_CHUNK,
+    cache_dtype: Any = None,
 ) -> Iterator[list[list[int]]]:
     """Generates in chunks.
 
@@ -79,15 +82,22 @@ def stream(
       max_new_tokens: per prompt, at most; less if the context of the model ends before.
       stop_tokens: ids that end a sequence; the one that did is the last of its tokens.
       chunk: tokens per yield, at most.
+      cache_dtype: of keys and values: None, the model's, or "float8_e4m3fn", half of BF16's bytes.
 
     Yields:
       The new tokens of each prompt; an empty list for one that has ended. The caller may stop at
       any time.
 
     Raises:
-      JaxquantError: an empty prompt, one that fills the context, ids outside the vocabulary.
+      JaxquantError: an empty prompt, one that fills the context, ids outside the vocabulary;
+        another cache_dtype.
     """
     _check(model.cfg, prompts, max_new_tokens)
+    if cache_dtype is not None and cache_dtype not in CACHE_DTYPES:
+        raise JaxquantError(
+            f"cache_dtype is {cache_dtype!r}; allowed: {', '.join(CACHE_DTYPES)}, or None for the "
+            "model's"
+        )
     B, rows = len(prompts), _power_of_two(len(prompts))
     lengths = np.ones(rows, np.int32)
     lengths[:B] = [len(p) for p in prompts]
@@ -102,7 +112,7 @@ def stream(
         tokens,
         lengths,
         np.arange(rows) >= B,
-        model.empty_cache(rows, max(T, bucket(longest + new))),
+        model.empty_cache(rows, max(T, bucket(longest + new)), cache_dtype),
     )
     stops = np.full(-(-max(len(stop_tokens), 1) // 8) * 8, -1, np.int32)
     stops[: len(stop_tokens)] = stop_tokens
@@ -122,14 +132,11 @@ def generate(
     model: Any,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
-    *,
-    max_new_tokens: int,
-    stop_tokens: Sequence[int] = (),
+    **options: Any,
 ) -> list[list[int]]:
-    """All of `stream` at once: the new tokens of each prompt."""
+    """All of `stream` at once, with its options: the new tokens of each prompt."""
     result: list[list[int]] = [[] for _ in prompts]
-    kwargs: Any = {"max_new_tokens": max_new_tokens, "stop_tokens": stop_tokens}
-    for pieces in stream(model, prompts, sampling, chunk=LONGEST_CHUNK, **kwargs):
+    for pieces in stream(model, prompts, sampling, chunk=LONGEST_CHUNK, **options):
         for tokens, piece in zip(result, pieces, strict=True):
             tokens.extend(piece)
     return result

@@ -61,7 +61,8 @@ class Pipeline:
           prompts: a string, a conversation (`[{"role": "user", "content": "..."}, ...]`), or a
             sequence of strings and conversations.
           **options: `max_new_tokens` (256), `stop` (strings that end the text), `stop_tokens`
-            (ids; default the checkpoint's), and what `jaxquant.generation.Sampling` takes:
+            (ids; default the checkpoint's), `cache_dtype` ("float8_e4m3fn" keeps keys and values in
+            FP8; default the model's dtype), and what `jaxquant.generation.Sampling` takes:
             `temperature` (0, the default, is greedy), `top_k`, `top_p`, `min_p`,
             `repetition_penalty`, `seed`.
 
@@ -109,6 +110,7 @@ class _Run:
         max_new_tokens: int = 256,
         stop: str | Sequence[str] = (),
         stop_tokens: Sequence[int] | None = None,
+        cache_dtype: str | None = None,
         **sampling: Any,
     ):
         model, tokenizer = pipe.model, pipe.tokenizer
@@ -130,6 +132,7 @@ class _Run:
             max_new_tokens=max_new_tokens,
             stop_tokens=sorted(self.stop_tokens),
             chunk=chunk,
+            cache_dtype=cache_dtype,
         )
 
     def __iter__(self) -> Iterator[list[str]]:
@@ -202,6 +205,6 @@ def _known(sampling: dict[str, Any]) -> dict[str, Any]:
     allowed = [field.name for field in dataclasses.fields(Sampling)]
     for name in sampling:
         if name not in allowed:
-            known = ", ".join(["max_new_tokens", "stop", "stop_tokens", *allowed])
+            known = ", ".join(["max_new_tokens", "stop", "stop_tokens", "cache_dtype", *allowed])
             raise JaxquantError(f"no such option: {name}; allowed: {known}")
     return sampling

@@ -96,6 +96,7 @@ def test_version(capsys):
         ["quantize", "SRC"],
         ["generate", "DIR", "Hi", "--dtype", "int8"],
         ["generate", "DIR", "Hi", "--temperature", "hot"],
+        ["generate", "DIR", "Hi", "--cache-dtype", "int8"],
         ["quantize", "SRC", "DST", "--fmt", "e3m4"],
         ["quantize", "SRC", "DST", "--block-size", "64x"],
         ["quantize", "SRC", "DST", "--block-size", "a"],
@@ -265,6 +266,12 @@ class TestGenerate:
         online = run("generate", source, *argv, "--fp8", *BLOCKS)
         assert online == run("generate", fp8, *argv)
         assert online != run("generate", source, *argv, "--fp8", *BLOCKS, "--fmt", "e5m2")
+
+    def test_an_fp8_cache(self, run, source):
+        argv = ("generate", source, "Hello", "--max-new-tokens", "12", "--json")
+        response = json.loads(run(*argv, "--cache-dtype", "float8_e4m3fn"))
+        expected = jq.pipeline(source)("Hello", max_new_tokens=12, cache_dtype="float8_e4m3fn")
+        assert response["token_ids"] == expected.token_ids
 
     def test_chat_template_and_plain(self, run, tmp_path):
         folder = str(

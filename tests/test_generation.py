@@ -309,6 +309,32 @@ def test_prompts_that_cannot_be_continued(model, prompts, message, unchecked):
         model.generate(prompts, max_new_tokens=2)
 
 
+def test_an_fp8_cache(model, monkeypatch):
+    dtypes = []
+    empty_cache = type(model.module).empty_cache
+
+    def spy(*args):
+        cache = empty_cache(*args)
+        dtypes.append(jax.tree.leaves(cache)[0].dtype)
+        return cache
+
+    monkeypatch.setattr(type(model.module), "empty_cache", spy)
+    options = {"max_new_tokens": 8, "stop_tokens": ()}
+    expected = model.generate([PROMPT], **options)
+    (new,) = model.generate([PROMPT], **options, cache_dtype="float8_e4m3fn")
+    assert dtypes == [jnp.float32, jnp.float8_e4m3fn]
+    assert (new[0], len(new)) == (expected[0][0], 8)  # the first is of the prefill
+
+
+@pytest.mark.parametrize("value", ["fp8", "float8_e5m2", "bfloat16"])
+def test_other_dtypes_of_a_cache_are_refused(model, value):
+    with pytest.raises(JaxquantError) as caught:
+        model.generate([PROMPT], cache_dtype=value)
+    assert str(caught.value) == (
+        f"cache_dtype is {value!r}; allowed: float8_e4m3fn, or None for the model's"
+    )
+
+
 @pytest.mark.parametrize("value", [0, -3, 1.5, None])
 def test_max_new_tokens_is_positive(model, value, unchecked):
     with pytest.raises(JaxquantError, match=f"max_new_tokens is {value}; allowed: a positive"):

@@ -179,6 +179,12 @@ def test_each_row_stops_for_itself(pipe, monkeypatch):
     assert (c.text, c.finish_reason) == ("fourfour", "length")
 
 
+def test_an_fp8_cache(pipe):
+    options = {**OPTIONS, "cache_dtype": "float8_e4m3fn"}
+    (expected,) = pipe.model.generate([pipe.tokenizer.encode("Hello")], **options)
+    assert pipe("Hello", **options).token_ids == expected
+
+
 def test_stop_tokens_end_the_text_and_are_not_in_it(pipe):
     free = pipe("Hello", **SAMPLED, stop_tokens=())
     stop = free.token_ids[10]

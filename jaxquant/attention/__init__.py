@@ -4,4 +4,10 @@ from jaxquant.attention.api import (
     append_and_attend as append_and_attend,
     decode_attention as decode_attention,
 )
-from jaxquant.attention.xla import append as append, rotate_halves as rotate_halves
+from jaxquant.attention.cache import (
+    append as append,
+    empty as empty,
+    fill as fill,
+    of_layer as of_layer,
+)
+from jaxquant.attention.xla import rotate_halves as rotate_halves

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
+from jaxquant.array import QuantizedArray
 from jaxquant.attention import mosaic_gpu, xla
+from jaxquant.attention.cache import KeysOrValues, cache_shape
 from jaxquant.errors import JaxquantError
 
 _logger = logging.getLogger(__name__)
@@ -22,8 +24,8 @@ IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu.decode_attention, "xla": xla.decode_
 
 def decode_attention(
     q: Float[Array, "B Hq D"],
-    k: Float[Array, "L B H S D"],
-    v: Float[Array, "L B H S D"],
+    k: KeysOrValues,
+    v: KeysOrValues,
     layer: Int[Array, ""] | int,
     lengths: Int[Array, " B"],
     *,
@@ -44,7 +46,9 @@ def decode_attention(
 
     Args:
       q: floating.
-      k: all layers, read in place; the new token's key is in slot `lengths - 1`.
+      k: `[L, B, H, S, D]`, all layers, read in place; the new token's key is in slot
+        `lengths - 1`. Floating, or FP8 as `jaxquant.attention.cache` has it: then with its values
+        times their scales, exactly, in place of k and v.
       v: likewise.
       layer: which of the L, possibly traced.
       lengths: how many slots of each sequence are filled, 1 to S.
@@ -72,8 +76,8 @@ def decode_attention(
 
 def append_and_attend(
     qkv: Float[Array, "B R D"],
-    k: Float[Array, "L B H S D"],
-    v: Float[Array, "L B H S D"],
+    k: KeysOrValues,
+    v: KeysOrValues,
     layer: Int[Array, ""] | int,
     lengths: Int[Array, " B"],
     rotation: tuple[Float32[Array, "B pairs"], Float32[Array, "B pairs"]] | None = None,
@@ -82,7 +86,7 @@ def append_and_attend(
     scale: float | None = None,
     softcap: float | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B Hq D"], Float[Array, "L B H S D"], Float[Array, "L B H S D"]]:
+) -> tuple[Float[Array, "B Hq D"], KeysOrValues, KeysOrValues]:
     """A new token of each sequence is rotated, appended to one layer of a cache, and attends to it.
 
     With angles a, pairs (x1, x2) of dims (i, i + D / 2) of a query or key become
@@ -90,11 +94,12 @@ def append_and_attend(
         x1 cos(a) - x2 sin(a), x2 cos(a) + x1 sin(a)
 
     in float32, then rounded. Keys and values go to slot `lengths - 1`, the last one if that is
-    beyond it. Donate k and v to a jitted caller: then they are written in place.
+    beyond it; into an FP8 cache quantized. Donate k and v to a jitted caller: then they are
+    written in place.
 
     Args:
       qkv: floating; R = Hq + 2 H heads: of queries, of keys, of values.
-      k: all layers.
+      k: as in `decode_attention`, all layers.
       v: likewise.
       layer: which of the L, possibly traced.
       lengths: how many slots of each sequence are filled, with the new token's.
@@ -136,7 +141,7 @@ def append_and_attend(
 
 def _in_turn(
     *operands: Any, window: int | None, scale: float, softcap: float | None
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, KeysOrValues, KeysOrValues]:
     attend = functools.partial(decode_attention, window=window, scale=scale, softcap=softcap)
     return xla.append_and_attend(*operands, attend=attend)
 
@@ -146,7 +151,7 @@ APPENDING = {"mosaic_gpu": mosaic_gpu.append_and_attend, "xla": _in_turn}
 
 
 def _options(
-    k: Array, window: int | None, scale: float | None, softcap: float | None
+    k: KeysOrValues, window: int | None, scale: float | None, softcap: float | None
 ) -> dict[str, Any]:
     S, D = k.shape[3:]
     return {
@@ -201,8 +206,11 @@ def _check(
     B, Hq, D = q.shape
     if k.ndim != 5 or (k.shape[1], k.shape[4]) != (B, D):
         refuse(f"k is {list(k.shape)}, q {list(q.shape)}", f"k [L, {B}, H, S, {D}]")
-    if v.shape != k.shape:
-        refuse(f"v is {list(v.shape)}, k {list(k.shape)}", "equal shapes")
+    if cache_shape(v) != cache_shape(k):
+        refuse(f"v is {list(cache_shape(v))}, k {list(k.shape)}", "equal shapes")
+    blocks = tuple(a.block_size if isinstance(a, QuantizedArray) else None for a in (k, v))
+    if blocks not in ((None, None), ((1, D), (D, 1))):
+        refuse(f"k and v have blocks {blocks}", f"none, or (1, {D}) and ({D}, 1)")
     L, H = k.shape[0], k.shape[2]
     if H == 0 or Hq % H:
         refuse(f"q has {Hq} heads, k {H}", "a multiple of k's")

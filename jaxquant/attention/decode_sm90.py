@@ -14,7 +14,6 @@ leaves its part of the sum in global memory, and behind a cluster barrier the fi
 order.
 """
 
-import dataclasses
 import math
 from typing import Any
 
@@ -25,65 +24,43 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32, Int32
 
+from jaxquant.attention.sm90 import (
+    MAX_SPLITS,
+    MAX_STAGES,
+    ROW,
+    SMEM_BYTES,
+    SMEM_RESERVED,
+    STATISTICS,
+    TRANSPOSED,
+    WGMMA,
+    Cluster,
+    Config,
+    across,
+    column,
+    padded_group,
+    store,
+)
 from jaxquant.matmul.sm90 import in_stack, round_up, swizzled
 
 _LOG2_E = math.log2(math.e)
-_WGMMA = plgpu.Layout.WGMMA
-_TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
-# A value for each query head, in every thread that holds its column.
-_COLUMN = plgpu.Layout.WGMMA.reduce(0)
-
-# The largest cluster that fits everywhere. Of 16, too few fit into an H200 at a time.
-_MAX_SPLITS = 8
-# More were slower: then only one thread block fits into a multiprocessor.
-_MAX_STAGES = 3
 # Slots from which larger tiles pay where a multiprocessor has but one thread block.
 _LONG = 4096
-# The maximum and the sum of the weights, and padding, since 128 threads share a copy.
-_STATISTICS = 4
-# SMEM of a multiprocessor, and what a thread block loses of its share to barriers and alignment.
-_SMEM_BYTES = 228 << 10
-_SMEM_RESERVED = 5 << 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How the work is cut.
-
-    Attributes:
-      tile: slots of the cache in a tile, a multiple of 64.
-      stages: tiles of keys and tiles of values that SMEM holds, at least 2.
-      splits: thread blocks that share a head, 1 to 8.
-    """
-
-    tile: int
-    stages: int
-    splits: int
-
-
-def padded_group(G: int) -> int:
-    """Query heads that the kernel computes for a group of G: a width that wgmma has.
-
-    Not a multiple of 32: such a row of float32 would hit the same SMEM banks as the next one.
-    """
-    N = round_up(G, 8)
-    return N + 8 if N % 32 == 0 else N
 
 
 def default_config(B: int, H: int, G: int, S: int, D: int, sms: int) -> Config:
     """As many splits as leave each of the `sms` multiprocessors at most one thread block."""
     heads, splits = B * H, 1
-    while splits < _MAX_SPLITS and 2 * splits * heads <= sms and splits * 64 < S:
+    while splits < MAX_SPLITS and 2 * splits * heads <= sms and splits * 64 < S:
         splits *= 2
     N, D = padded_group(G), round_up(D, 64)
     alone = 2 * splits * heads <= sms and S >= _LONG
     tile = 128 if D == 64 or (alone and D == 128) else 64
-    part = (D + _STATISTICS) * N * 4
+    part = (D + STATISTICS) * N * 4
 
     def fitting_stages(residents: int, splits: int) -> int:
         """Stages beside the rest where `residents` thread blocks share the multiprocessor."""
-        fixed = _SMEM_RESERVED + 2 * N * (D + tile) + (part if splits > 1 else 0)
-        room = _SMEM_BYTES // residents - fixed
+        fixed = SMEM_RESERVED + 2 * N * (D + tile) + (part if splits > 1 else 0)
+        room = SMEM_BYTES // residents - fixed
         # The parts take the place of the stages in the end.
         return 0 if splits * part > room else room // (4 * tile * D)
 
@@ -92,7 +69,7 @@ def default_config(B: int, H: int, G: int, S: int, D: int, sms: int) -> Config:
     stages = 0 if alone else fitting_stages(2, splits)
     if stages < 2:
         stages = fitting_stages(1, splits)
-    return Config(tile, min(stages, _MAX_STAGES), splits)
+    return Config(tile, min(stages, MAX_STAGES), splits)
 
 
 def decode(
@@ -192,19 +169,14 @@ def _launch(
     # The first and the second of what is rotated in pairs, or all that there is.
     half = dims // 2 if tables else dims
     new = 1 if appends else 0
+    cluster = Cluster(B * H, config.splits, dims, N)
     tile, stages, splits = config.tile, config.stages, config.splits
 
     def smem(*shape):
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=swizzled(D, jnp.bfloat16))
 
     def zeros(rows):
-        return plgpu.layout_cast(jnp.zeros((rows, N), jnp.float32), _WGMMA)
-
-    def column(value):
-        return plgpu.layout_cast(jnp.full((N,), value, jnp.float32), _COLUMN)
-
-    def across(values, rows):
-        return lax.broadcast_in_dim(values, (rows, N), [1])
+        return plgpu.layout_cast(jnp.zeros((rows, N), jnp.float32), WGMMA)
 
     def over_columns(values):
         return lax.broadcast_in_dim(values, (*values.shape, N), [0])
@@ -233,8 +205,8 @@ def _launch(
     def kernel(q_gmem, k_gmem, v_gmem, layer_gmem, lengths_gmem, *refs):
         *tables_gmem, out_gmem = refs[: len(tables) + 1]
         refs = refs[len(tables) + 1 :]
-        *parts_gmem, q_smem, p_smem, q_full, k_full, v_full = refs[: 5 + len(parts)]
-        exchange = refs[5 + len(parts) :]
+        *parts_gmem, q_smem, p_smem, q_full, k_full, v_full = refs[: 5 + len(cluster.parts)]
+        exchange = refs[5 + len(cluster.parts) :]
         head = lax.axis_index("head")
         split = lax.axis_index("split") if splits > 1 else 0
         b, h = lax.div(head, H), lax.rem(head, H)
@@ -244,13 +216,13 @@ def _launch(
 
         def load_rows(ref, *index):
             """A value for each row of an accumulator."""
-            values = plgpu.load(ref.at[index], layout=_WGMMA.reduce(1), optimized=False)
+            values = plgpu.load(ref.at[index], layout=ROW, optimized=False)
             return values.astype(jnp.float32)
 
         def load_token():
             heads = pl.ds(h * G, N)
             q = [
-                plgpu.load(q_gmem.at[b, heads, d].T, layout=_TRANSPOSED, optimized=False)
+                plgpu.load(q_gmem.at[b, heads, d].T, layout=TRANSPOSED, optimized=False)
                 for d in halves
             ]
             k = [load_rows(q_gmem, b, H * G + h, d) for d in halves]
@@ -275,24 +247,24 @@ def _launch(
             return (first_tile + step * splits) * tile
 
         def attended(shape, slot0):
-            slot = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA) + slot0
+            slot = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA) + slot0
             return (slot >= start) & (slot < end)
 
         def append():
             """Rotates the token and stores it; the sums where it alone is attended to."""
             q, k, v, table = token
-            q = [plgpu.layout_cast(x, _WGMMA).astype(jnp.float32) for x in q]
+            q = [plgpu.layout_cast(x, WGMMA).astype(jnp.float32) for x in q]
             q = rotated(q, [over_columns(values) for values in table])
             for x, d in zip(q, halves, strict=True):
-                q_smem.at[:, d].T[...] = plgpu.layout_cast(x, _TRANSPOSED)
+                q_smem.at[:, d].T[...] = plgpu.layout_cast(x, TRANSPOSED)
             plgpu.commit_smem()
             k = rotated(k, table)
 
             @pl.when(split == 0)
             def _store_both():
                 for x, d in zip(k, halves, strict=True):
-                    _store(k_gmem.at[row, end, d], x)
-                _store(v_gmem.at[row, end], v.astype(jnp.bfloat16))
+                    store(k_gmem.at[row, end, d], x)
+                store(v_gmem.at[row, end], v.astype(jnp.bfloat16))
 
             products = [
                 x.astype(jnp.float32) * over_columns(y.astype(jnp.float32))
@@ -301,7 +273,7 @@ def _launch(
             logit = scaled(jnp.sum(sum(products[1:], products[0]), axis=0))
             # Of the splits, the first attends to it.
             logit += jnp.where(split == 0, 0.0, -jnp.inf) if splits > 1 else 0.0
-            number = plgpu.broadcasted_iota(jnp.int32, (tile, N), 0, layout=_WGMMA)
+            number = plgpu.broadcasted_iota(jnp.int32, (tile, N), 0, layout=WGMMA)
             return over_columns(v), logit, jnp.where(number + split == 0, 1.0, 0.0)
 
         def attend(k_smem, v_smem):
@@ -324,7 +296,7 @@ def _launch(
                 init = append()
             else:
                 plgpu.barrier_wait(q_full)
-                init = zeros(dims), column(-jnp.inf), zeros(tile)
+                init = zeros(dims), column(-jnp.inf, N), zeros(tile)
 
             def add_tile(step, carry):
                 total, maximum, weights = carry
@@ -336,7 +308,7 @@ def _launch(
                 new_maximum = jnp.maximum(maximum, jnp.max(logits, axis=0))
                 p = jnp.exp2(logits - across(new_maximum, tile))
                 shrink = jnp.exp2(maximum - new_maximum)
-                p_smem.T[...] = plgpu.layout_cast(p.astype(jnp.bfloat16), _TRANSPOSED)
+                p_smem.T[...] = plgpu.layout_cast(p.astype(jnp.bfloat16), TRANSPOSED)
 
                 plgpu.barrier_wait(v_full.at[stage])
 
@@ -344,7 +316,7 @@ def _launch(
                 def _silence():  # a weight of 0 does not silence NaN
                     for i in range(0, tile, 64):
                         values = v_smem.at[stage, pl.ds(i, 64)]
-                        value = plgpu.load(values, layout=_WGMMA)
+                        value = plgpu.load(values, layout=WGMMA)
                         mask = attended((64, dims), slot0 + i)
                         values[...] = jnp.where(mask, value, jnp.zeros_like(value))
 
@@ -362,55 +334,14 @@ def _launch(
         def write(total, weight):
             y = (total / across(weight, dims)).astype(jnp.bfloat16)
             y_smem = q_smem  # q is done with
-            y_smem.T[...] = plgpu.layout_cast(y, _TRANSPOSED)
+            y_smem.T[...] = plgpu.layout_cast(y, TRANSPOSED)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(y_smem, out_gmem.at[head, pl.ds(zero, N), pl.ds(zero, dims)])
             plgpu.wait_smem_to_gmem(0)
 
         ring = smem(stages, tile, dims), smem(stages, tile, dims)
-        total, maximum, weight = pl.run_scoped(attend, *ring, collective_axes="warpgroup")
-        if splits == 1:
-            write(total, weight)
-            return
-
-        sum_smem, statistics_smem, landed, arrived = exchange
-        sum_smem[...] = total
-        statistics_smem[0] = maximum
-        statistics_smem[1] = weight
-        plgpu.commit_smem()
-        for part_smem, part_gmem in zip((sum_smem, statistics_smem), parts_gmem, strict=True):
-            plgpu.copy_smem_to_gmem(part_smem, part_gmem.at[head * splits + split])
-        plgpu.wait_smem_to_gmem(0)
-        plgpu.barrier_arrive(arrived)
-        plgpu.barrier_wait(arrived)
-
-        def add_parts(*parts_smem):
-            sums_smem, statistics_smem = parts_smem
-            for part_gmem, part_smem in zip(parts_gmem, parts_smem, strict=True):
-                plgpu.copy_gmem_to_smem(
-                    part_gmem.at[pl.ds(head * splits, splits)], part_smem, landed
-                )
-            plgpu.barrier_wait(landed)
-
-            def add_part(i, carry):
-                total, maximum, weight = carry
-                part = plgpu.load(sums_smem.at[i], layout=_WGMMA)
-                part_maximum = plgpu.load(statistics_smem.at[i, 0], layout=_COLUMN)
-                part_weight = plgpu.load(statistics_smem.at[i, 1], layout=_COLUMN)
-                new_maximum = jnp.maximum(maximum, part_maximum)
-                shrink, part_shrink = (jnp.exp2(m - new_maximum) for m in (maximum, part_maximum))
-                total = total * across(shrink, dims) + part * across(part_shrink, dims)
-                return total, new_maximum, weight * shrink + part_weight * part_shrink
-
-            # The first part has a tile, so that its maximum is finite.
-            init = zeros(dims), column(-jnp.inf), column(0)
-            total, _, weight = lax.fori_loop(0, splits, add_part, init)
-            return total, weight
-
-        @pl.when(split == 0)
-        def _combine():
-            parts_smem = [plgpu.SMEM((splits, *part), jnp.float32) for part in parts]
-            write(*pl.run_scoped(add_parts, *parts_smem, collective_axes="warpgroup"))
+        sums = pl.run_scoped(attend, *ring, collective_axes="warpgroup")
+        cluster.add_up(sums, head, split, parts_gmem, exchange, write)
 
     rows = G if G < 8 else N
     out_type = [jax.ShapeDtypeStruct((B * H, rows, D), jnp.bfloat16)]
@@ -421,34 +352,16 @@ def _launch(
         plgpu.Barrier(num_barriers=stages),
         plgpu.Barrier(num_barriers=stages),
     ]
-    parts, cluster = (), {}
-    if splits > 1:
-        parts = (dims, N), (_STATISTICS, N)
-        out_type += [jax.ShapeDtypeStruct((B * H * splits, *part), jnp.float32) for part in parts]
-        scratch += [
-            *(plgpu.SMEM(part, jnp.float32) for part in parts),
-            plgpu.Barrier(num_arrivals=len(parts)),
-            plgpu.ClusterBarrier(collective_axes=("split",)),
-        ]
-        cluster = {"cluster": (splits,), "cluster_names": ("split",)}
     out, *_ = plgpu.kernel(
         kernel,
-        out_type=out_type,
-        scratch_types=scratch,
+        out_type=[*out_type, *cluster.out_type],
+        scratch_types=[*scratch, *cluster.scratch],
         grid=(B * H,),
         grid_names=("head",),
-        **cluster,
+        **cluster.axes,
         num_threads=1,
         thread_name="warpgroup",
         kernel_name="jaxquant_decode_attention",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )(q, *cache, layer, lengths, *tables)
     return out[:, :G].reshape(B, H * G, D)
-
-
-def _store(ref: Any, value: Array) -> None:
-    """Stores to GMEM, also less than a cache line, which jax 0.12 refuses unless asked."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value

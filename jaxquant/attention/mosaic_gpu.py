@@ -12,7 +12,9 @@ from jax import lax
 from jax.custom_batching import custom_vmap, sequential_vmap
 from jaxtyping import Array, BFloat16, Float, Float32, Int, Int32
 
+from jaxquant.array import QuantizedArray
 from jaxquant.attention import xla
+from jaxquant.attention.cache import KeysOrValues
 from jaxquant.hopper import multiprocessors
 
 _MAX_GROUP = 64
@@ -26,8 +28,8 @@ _APPENDED_ALIGNMENT = 64
 
 def decode_attention(
     q: Float[Array, "B Hq D"],
-    k: Float[Array, "L B H S D"],
-    v: Float[Array, "L B H S D"],
+    k: KeysOrValues,
+    v: KeysOrValues,
     layer: Any,
     lengths: Int[Array, " B"],
     *,
@@ -41,6 +43,8 @@ def decode_attention(
       NotImplementedError: the device or the operands are not what the kernel takes; says why.
     """
     sms = multiprocessors(q, "products of decode attention")
+    if isinstance(k, QuantizedArray):
+        _refuse("the cache is FP8", "such a cache where it appends")
     _check_operands(q, k, v)
     run = _batchable(window, scale, softcap, sms)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
@@ -49,8 +53,8 @@ def decode_attention(
 
 def append_and_attend(
     qkv: Float[Array, "B R D"],
-    k: Float[Array, "L B H S D"],
-    v: Float[Array, "L B H S D"],
+    k: KeysOrValues,
+    v: KeysOrValues,
     layer: Any,
     lengths: Int[Array, " B"],
     rotation: tuple[Float32[Array, "B pairs"], Float32[Array, "B pairs"]] | None,
@@ -58,7 +62,7 @@ def append_and_attend(
     window: int | None,
     scale: float,
     softcap: float | None,
-) -> tuple[Float[Array, "B Hq D"], Float[Array, "L B H S D"], Float[Array, "L B H S D"]]:
+) -> tuple[Float[Array, "B Hq D"], KeysOrValues, KeysOrValues]:
     """All in one launch. See `jaxquant.attention.append_and_attend`.
 
     Raises:
@@ -83,7 +87,7 @@ def _refuse(what: str, allowed: str) -> None:
 
 def _check_operands(q: Any, k: Any, v: Any) -> None:
     for name, a in (("q", q), ("k", k), ("v", v)):
-        if a.dtype != jnp.bfloat16:
+        if a.dtype != jnp.bfloat16 and not isinstance(a, QuantizedArray):
             _refuse(f"{name} is {a.dtype}", "bfloat16")
     if q.size == 0 or k.size == 0:
         _refuse(f"an operand is empty (q {list(q.shape)}, k {list(k.shape)})", "others")
@@ -98,18 +102,19 @@ def _check_operands(q: Any, k: Any, v: Any) -> None:
 
 @functools.cache
 def _appending(window: int | None, scale: float, softcap: float | None, sms: int) -> Any:
-    """`decode_sm90.append_and_attend`; `jax.vmap` runs it one after the other."""
+    """The kernel for the cache; `jax.vmap` runs it one after the other."""
 
     @sequential_vmap
     @jax.jit  # compiled once a shape, also where the caller does not jit
     def run(qkv, k, v, layer, lengths, rotation):
         # Imported here: Mosaic GPU is there only where jaxlib was built with it.
-        from jaxquant.attention import decode_sm90
+        from jaxquant.attention import decode_fp8_sm90, decode_sm90
 
+        kernel: Any = decode_fp8_sm90 if isinstance(k, QuantizedArray) else decode_sm90
         _, B, H, S, D = k.shape
-        config = decode_sm90.default_config(B, H, qkv.shape[1] // H - 2, S, D, sms)
+        config = kernel.default_config(B, H, qkv.shape[1] // H - 2, S, D, sms)
         options: Any = {"window": window, "scale": scale, "softcap": softcap, "config": config}
-        return decode_sm90.append_and_attend(qkv, k, v, layer, lengths, rotation, **options)
+        return kernel.append_and_attend(qkv, k, v, layer, lengths, rotation, **options)
 
     return run
 

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
+from jaxquant.attention.cache import KeysOrValues, append, of_layer
+
 
 def decode_attention(
     q: Float[Array, "B Hq D"],
-    k: Float[Array, "L B H S D"],
-    v: Float[Array, "L B H S D"],
+    k: KeysOrValues,
+    v: KeysOrValues,
     layer: Any,
     lengths: Int[Array, " B"],
     *,
@@ -20,13 +22,18 @@ def decode_attention(
     scale: float,
     softcap: float | None,
 ) -> Float[Array, "B Hq D"]:
-    """Two products over all slots, with a mask. See `jaxquant.attention.decode_attention`."""
-    k, v = (lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (k, v))
+    """Two products over all slots, with a mask. See `jaxquant.attention.decode_attention`.
+
+    Scales of an FP8 cache multiply logits and weights. Its values are exact in q's dtype.
+    """
+    (k, k_scale), (v, v_scale) = (of_layer(a, layer, q.dtype) for a in (k, v))
     B, H, S, D = k.shape
     # float32 means float32: the default precision on accelerators is TF32.
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     logits = product("bhgd,bhsd->bhgs", q.reshape(B, H, -1, D), k) * scale
+    if k_scale is not None:
+        logits *= k_scale[:, :, None]
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     slot, end = jnp.arange(S), lengths[:, None]
@@ -34,22 +41,24 @@ def decode_attention(
     if window is not None:
         mask &= slot >= end - window
     logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    weights = jax.nn.softmax(logits, axis=-1)
     # A weight of 0 does not silence NaN.
     v = jnp.where(mask[:, None, :, None], v, 0)
-    return product("bhgs,bhsd->bhgd", weights, v).astype(q.dtype).reshape(q.shape)
+    if v_scale is not None:
+        weights *= jnp.where(mask[:, None], v_scale, 0)[:, :, None]
+    return product("bhgs,bhsd->bhgd", weights.astype(v.dtype), v).astype(q.dtype).reshape(q.shape)
 
 
 def append_and_attend(
     qkv: Float[Array, "B R D"],
-    k: Float[Array, "L B H S D"],
-    v: Float[Array, "L B H S D"],
+    k: KeysOrValues,
+    v: KeysOrValues,
     layer: Any,
     lengths: Int[Array, " B"],
     rotation: tuple[Float32[Array, "B pairs"], Float32[Array, "B pairs"]] | None,
     *,
     attend: Any,
-) -> tuple[Float[Array, "B Hq D"], Float[Array, "L B H S D"], Float[Array, "L B H S D"]]:
+) -> tuple[Float[Array, "B Hq D"], KeysOrValues, KeysOrValues]:
     """One thing after the other. See `jaxquant.attention.append_and_attend`.
 
     Args:
@@ -67,19 +76,6 @@ def append_and_attend(
         q, new_k = (rotate_halves(x, *rotation) for x in (q, new_k))
     k, v = append(k, new_k, layer, lengths), append(v, new_v, layer, lengths)
     return attend(q, k, v, layer, lengths), k, v
-
-
-def append(
-    cache: Float[Array, "L B H S D"],
-    new: Float[Array, "B H D"],
-    layer: Any,
-    lengths: Int[Array, " B"],
-) -> Float[Array, "L B H S D"]:
-    """The cache with `new` in slot `lengths - 1` of each sequence in one layer."""
-    rows, slots = jnp.arange(len(new)), lengths - 1
-    if len(new) == 1:  # a scatter of one would read what is there, and select
-        return lax.dynamic_update_slice(cache, new[None, ..., None, :], (layer, 0, 0, slots[0], 0))
-    return cache.at[layer, rows, :, slots].set(new, mode="clip")
 
 
 def rotate_halves(

@@ -8,11 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
-from jaxquant.attention import append, append_and_attend
+from jaxquant.array import QuantizedArray
+from jaxquant.attention import append, append_and_attend, empty, fill
 from jaxquant.models.layers import Rope, Rotations
 
 
@@ -26,13 +25,14 @@ class Cache:
     one piece.
 
     Attributes:
-      k: `[L, B, H, S, D]`, H key/value heads, S slots.
+      k: `[L, B, H, S, D]`, H key/value heads, S slots; of the model's dtype, or FP8 as
+        `jaxquant.attention.cache` has it.
       v: likewise, with a D of their own.
       lengths: `[B]` int32, how many slots of each sequence are filled.
     """
 
-    k: Float[Array, "L B H S D"]
-    v: Float[Array, "L B H S Dv"]
+    k: Float[Array, "L B H S D"] | QuantizedArray
+    v: Float[Array, "L B H S Dv"] | QuantizedArray
     lengths: Int[Array, " B"]
 
     @staticmethod
@@ -40,8 +40,8 @@ class Cache:
         L: int, B: int, H: int, S: int, D: int, dtype: Any, *, Dv: int | None = None
     ) -> "Cache":
         """A cache with no filled slots; Dv is D unless given."""
-        k = jnp.zeros((L, B, H, S, D), dtype)
-        v = jnp.zeros((L, B, H, S, D if Dv is None else Dv), dtype)
+        k = empty((L, B, H, S, D), dtype)
+        v = empty((L, B, H, S, D if Dv is None else Dv), dtype, values=True)
         return Cache(k, v, jnp.zeros((B,), jnp.int32))
 
 
@@ -119,13 +119,10 @@ class Prefill(Forward):
     ) -> tuple[Float[Array, "B T Hq D"], Cache]:
         """See `Forward.attend`; keys and values are written to the cache."""
         q, k = (self.rotations.rotate(y, rope) for y in (q, k))
-        start = (layer, 0, 0, 0, 0)
-        cache = dataclasses.replace(
-            cache,
-            k=lax.dynamic_update_slice(cache.k, _heads_first(k)[None], start),
-            v=lax.dynamic_update_slice(cache.v, _heads_first(v)[None], start),
-        )
-        return causal_attention(q, k, v, window, scale, softcap), cache
+        y = causal_attention(q, k, v, window, scale, softcap)
+        k, v = (x.swapaxes(1, 2) for x in (k, v))
+        cache = dataclasses.replace(cache, k=fill(cache.k, k, layer), v=fill(cache.v, v, layer))
+        return y, cache
 
 
 @jax.tree_util.register_dataclass
@@ -154,11 +151,11 @@ class DecodeStep:
         layer: Any,
     ) -> Cache:
         """The cache with the key and the value of each token in one layer."""
-        k, v = (
-            append(stack, new[:, 0], layer, self.filled)
-            for stack, new in ((cache.k, k), (cache.v, v))
+        return dataclasses.replace(
+            cache,
+            k=append(cache.k, k[:, 0], layer, self.filled),
+            v=append(cache.v, v[:, 0], layer, self.filled),
         )
-        return dataclasses.replace(cache, k=k, v=v)
 
     def attend(
         self,
@@ -184,16 +181,10 @@ class DecodeStep:
         # Where these are slices of one product, side by side, XLA takes the product itself.
         qkv = jnp.concatenate([y.reshape(B, 1, -1) for y in (q, k, v)], axis=-1).reshape(B, -1, D)
         options: Any = {"window": window, "scale": scale, "softcap": softcap}
-        out, k, v = append_and_attend(
+        out, *new = append_and_attend(
             qkv, cache.k, cache.v, layer, self.filled, rotation, **options
         )
-        return out[:, None], dataclasses.replace(cache, k=k, v=v)
-
-
-def _heads_first(new: Float[Array, "B T H D"]) -> Float[Array, "B H T D"]:
-    """In the cache's layout. Left to itself, XLA gives the cache this one's, by two transposes."""
-    new = new.swapaxes(1, 2)
-    return with_layout_constraint(new, Layout(major_to_minor=tuple(range(new.ndim))))
+        return out[:, None], dataclasses.replace(cache, k=new[0], v=new[1])
 
 
 def causal_attention(

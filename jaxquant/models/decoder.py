@@ -152,9 +152,10 @@ class Decoder(nnx.Module):
         """Final norm and logits in float32."""
         return (self.lm_head or self.embed_tokens).logits(x, self.norm.prologue)
 
-    def empty_cache(self, B: int, S: int) -> Cache:
-        """A cache for B sequences of up to S tokens."""
-        cfg, dtype = self.cfg, self.embed_tokens.weight.get_value().dtype
+    def empty_cache(self, B: int, S: int, dtype: Any = None) -> Cache:
+        """A cache for B sequences of up to S tokens, of the model's dtype or another."""
+        cfg = self.cfg
+        dtype = dtype or self.embed_tokens.weight.get_value().dtype
         return Cache.empty(cfg.num_layers, B, cfg.num_kv_heads, S, cfg.head_dim, dtype)
 
 

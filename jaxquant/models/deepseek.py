@@ -127,7 +127,7 @@ class Deepseek(MoEDecoder):
 
     layers_type = DeepseekLayers
 
-    def empty_cache(self, B: int, S: int) -> Cache:
-        """A cache of latents for B sequences of up to S tokens."""
-        dtype = self.embed_tokens.weight.get_value().dtype
+    def empty_cache(self, B: int, S: int, dtype: Any = None) -> Cache:
+        """A cache of latents for B sequences of up to S tokens, of the model's dtype or another."""
+        dtype = dtype or self.embed_tokens.weight.get_value().dtype
         return self.cfg.mla.empty_cache(self.cfg.num_layers, B, S, dtype)

@@ -18,10 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxquant.array import QuantizedArray
+from jaxquant.attention import fill, of_layer
 from jaxquant.blocked import dequantize, take_layer
 from jaxquant.matmul import Prologue
 from jaxquant.models.attention import Cache, DecodeStep, Prefill, causal_attention
@@ -109,8 +109,8 @@ class MLA(nnx.Module):
             y = absorbed_attention(
                 q_nope,
                 q_rope,
-                cache.k[cache_layer, :, 0],
-                cache.v[cache_layer, :, 0],
+                _of_layer(cache.k, cache_layer, x.dtype),
+                _of_layer(cache.v, cache_layer, x.dtype),
                 self._kv_b(l, x.dtype),
                 tokens.filled,
                 cfg.scale,
@@ -204,6 +204,11 @@ def absorbed_attention(
     return product("bhr,hdr->bhd", attended, w_v).astype(dtype)[:, None]
 
 
+def _of_layer(stack: Any, layer: Any, dtype: Any) -> Float[Array, "B S D"]:
+    values, scale = of_layer(stack, layer, dtype)
+    return (values if scale is None else (values * scale[..., None]).astype(dtype))[:, 0]
+
+
 def _store(
     latents: Float[Array, "B T R"],
     k_rope: Float[Array, "B T Dr"],
@@ -215,10 +220,6 @@ def _store(
     if cache is None:
         return None
     if isinstance(tokens, Prefill):
-        start = (layer, 0, 0, 0, 0)
-        return dataclasses.replace(
-            cache,
-            k=lax.dynamic_update_slice(cache.k, latents[None, :, None], start),
-            v=lax.dynamic_update_slice(cache.v, k_rope[None, :, None], start),
-        )
+        k, v = fill(cache.k, latents[:, None], layer), fill(cache.v, k_rope[:, None], layer)
+        return dataclasses.replace(cache, k=k, v=v)
     return tokens.append(cache, latents[:, :, None], k_rope[:, :, None], layer)

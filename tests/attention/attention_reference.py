@@ -5,6 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.array import QuantizedArray
+from jaxquant.attention.cache import cache_shape, quantize_keys, quantize_values
+
 
 def cache_and_query(
     B: int, H: int, G: int, S: int, D: int, dtype: str, *, L: int = 2, lengths: Any = None
@@ -52,6 +55,18 @@ def appended(qkv: Any, k: Any, v: Any, layer: int, lengths: Any, rotation: Any) 
     for b, n in enumerate(lengths):
         k[layer, b, :, n - 1], v[layer, b, :, n - 1] = new_k[b], new_v[b]
     return q, k, v
+
+
+def fp8_cache_and_token(*shape: int, dtype: str, L: int = 2, lengths: Any = None) -> tuple:
+    """As `cache_and_token`, with an FP8 cache; what is not filled is finite there."""
+    qkv, k, v, *rest = cache_and_token(*shape, dtype, L=L, lengths=lengths)
+    return qkv, quantize_keys(jnp.nan_to_num(k)), quantize_values(jnp.nan_to_num(v)), *rest
+
+
+def dequantized(cache: QuantizedArray) -> np.ndarray:
+    """`[L, B, H, S, D]`, exactly."""
+    values = np.asarray(cache.qvalue).astype(np.float64) * np.asarray(cache.scale, np.float64)
+    return (values.swapaxes(-1, -2) if cache.transposed else values).reshape(cache_shape(cache))
 
 
 def definition(

@@ -5,6 +5,7 @@ copies do beyond the ends of arrays, nor of how its units round: `test_attention
 the kernel for a GPU, and `benchmarks/attention.py` runs it on one.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -16,13 +17,22 @@ from attention_reference import (
     cache_and_query,
     cache_and_token,
     definition,
+    dequantized,
+    fp8_cache_and_token,
     relative_error,
 )
 from jax import lax
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxquant.attention import append_and_attend, decode_attention, decode_sm90, mosaic_gpu
-from jaxquant.attention.decode_sm90 import Config
+from jaxquant.attention import (
+    append_and_attend,
+    decode_attention,
+    decode_fp8_sm90,
+    decode_sm90,
+    mosaic_gpu,
+)
+from jaxquant.attention.sm90 import Config, padded_group
 
 # What rounding the weights and the result costs.
 TOLERANCE = 3e-3
@@ -98,7 +108,7 @@ def smem_bytes(config: Config, N: int, D: int) -> int:
 def test_every_default_fits_into_smem(D, G, heads, S):
     config = decode_sm90.default_config(1, heads, G, S, D, 132)
     assert config.stages >= 2
-    assert smem_bytes(config, decode_sm90.padded_group(G), D) <= 223 << 10
+    assert smem_bytes(config, padded_group(G), D) <= 223 << 10
 
 
 def test_a_scan_reads_each_layer_in_place(hopper):
@@ -264,3 +274,122 @@ def test_what_the_kernel_refuses_runs_through_xla(hopper):
     y = decode_attention(q, k, v, 0, lengths)
     xla = decode_attention(q, k, v, 0, lengths, implementation="xla")
     np.testing.assert_array_equal(y, xla)
+
+
+# An FP8 cache -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("B", "H", "G", "S", "D", "lengths", "rotates", "options"),
+    [
+        (2, 2, 4, 192, 128, [71, 192], True, {}),
+        (2, 1, 2, 128, 256, [1, 65], True, {"window": 7}),
+        (2, 1, 2, 64, 64, [64, 2], True, {}),  # rotated ahead of the kernel
+        (1, 4, 12, 128, 128, [70], False, {"softcap": 5.0, "scale": 0.3}),
+        (1, 1, 4, 320, 128, [257], True, {"window": 200}),  # in a cluster of 2
+    ],
+)
+def test_fp8_is_the_definitions(hopper, B, H, G, S, D, lengths, rotates, options):
+    qkv, k, v, lengths, rotation = fp8_cache_and_token(
+        B, H, G, S, D, dtype="bfloat16", lengths=lengths
+    )
+    operands: Any = qkv, k, v, 1, lengths, rotation if rotates else None
+    y, new_k, new_v = append_and_attend(*operands, implementation="mosaic_gpu", **options)
+    cache = dequantized(new_k), dequantized(new_v)
+    q, *_ = appended(qkv, *cache, 1, lengths, operands[-1])
+    assert (y.shape, y.dtype) == ((B, H * G, D), qkv.dtype)
+    assert relative_error(y, definition(q, *cache, 1, lengths, **options)) <= TOLERANCE
+    xla = append_and_attend(*operands, implementation="xla", **options)[1:]
+    if rotates:  # a fused multiply and add may round otherwise
+        for got, want in zip(cache, map(dequantized, xla), strict=True):
+            np.testing.assert_allclose(got, want, rtol=2**-3, atol=0.02)
+    else:
+        leaves = map(jax.tree.leaves, ((new_k, new_v), xla))
+        assert all(same_bytes(*pair) for pair in zip(*leaves, strict=True))
+
+
+@pytest.mark.parametrize("length", [1, 128, 129, 500])
+def test_fp8_in_every_part_of_a_cluster(hopper, length):
+    qkv, k, v, lengths, rotation = fp8_cache_and_token(
+        1, 1, 4, 512, 128, dtype="bfloat16", lengths=[length]
+    )
+    y, k, v = decode_fp8_sm90.append_and_attend(
+        qkv,
+        k,
+        v,
+        jnp.array([1]),
+        lengths,
+        rotation,
+        window=None,
+        scale=128**-0.5,
+        softcap=None,
+        config=Config(128, 2, 4),
+    )
+    cache = dequantized(k), dequantized(v)
+    q, *_ = appended(qkv, *cache, 1, lengths, rotation)
+    assert relative_error(y, definition(q, *cache, 1, lengths)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("config", [Config(64, 2, 1), Config(64, 3, 2), Config(128, 3, 1)])
+def test_every_cut_of_the_fp8_kernel(hopper, config):
+    qkv, k, v, lengths, _ = fp8_cache_and_token(1, 1, 4, 320, 64, dtype="bfloat16", lengths=[310])
+    options: Any = {"window": None, "scale": 0.125, "softcap": None, "config": config}
+    y, k, v = decode_fp8_sm90.append_and_attend(qkv, k, v, jnp.array([1]), lengths, None, **options)
+    cache = dequantized(k), dequantized(v)
+    q, *_ = appended(qkv, *cache, 1, lengths, None)
+    assert relative_error(y, definition(q, *cache, 1, lengths)) <= TOLERANCE
+
+
+def fp8_smem_bytes(config: Config, N: int, D: int) -> int:
+    part = (D + 4) * N * 4
+    ring = 2 * config.tile * (config.stages * (D + 4) + 4)
+    fixed = 2 * N * (D + config.tile) + (part if config.splits > 1 else 0)
+    return max(ring, config.splits * part) + fixed
+
+
+@pytest.mark.parametrize("D", [64, 128, 192, 256])
+@pytest.mark.parametrize("G", [1, 16, 33, 64])
+@pytest.mark.parametrize(("heads", "S"), [(1, 1 << 17), (8, 1536), (100, 8192), (512, 1536)])
+def test_every_default_for_fp8_fits_into_smem(D, G, heads, S):
+    config, N = decode_fp8_sm90.default_config(1, heads, G, S, D, 132), padded_group(G)
+    assert config.stages >= 2
+    assert config.tile >= N
+    assert fp8_smem_bytes(config, N, D) <= 223 << 10
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("config", [Config(64, 2, 1), Config(128, 2, 2)])
+def test_no_two_threads_race(fp8, config):
+    cache_and_qkv = fp8_cache_and_token if fp8 else cache_and_token
+    # The new token's slot is in no tile. In one, it is masked, whatever a copy finds there.
+    qkv, k, v, lengths, rotation = cache_and_qkv(1, 1, 2, 320, 128, dtype="bfloat16", lengths=[257])
+    kernel = decode_fp8_sm90 if fp8 else decode_sm90
+    options: Any = {"window": None, "scale": 0.1, "softcap": None, "config": config}
+    params = plgpu.InterpretGPUParams(
+        out_of_bounds_reads="uninitialized", uninitialized_memory="zero", detect_races=True
+    )
+    with plgpu.force_gpu_interpret_mode(params):
+        y, *_ = kernel.append_and_attend(qkv, k, v, jnp.array([1]), lengths, rotation, **options)
+        found = gpu_callbacks.get_races().races_found
+    assert np.isfinite(np.asarray(y, np.float64)).all()
+    assert not found
+
+
+def test_fp8_of_very_different_scales(hopper):
+    qkv, k, v, lengths, _ = fp8_cache_and_token(1, 1, 4, 192, 128, dtype="bfloat16", lengths=[150])
+    factors = jnp.exp2(jnp.asarray(np.random.default_rng(2).integers(-30, 30, 192), jnp.float32))
+    k = dataclasses.replace(k, scale=k.scale * jnp.minimum(factors[:, None], 2))
+    v = dataclasses.replace(v, scale=v.scale * factors.reshape(3, 1, 64))
+    y, k, v = append_and_attend(qkv, k, v, 1, lengths, implementation="mosaic_gpu")
+    cache = dequantized(k), dequantized(v)
+    q, *_ = appended(qkv, *cache, 1, lengths, None)
+    assert relative_error(y, definition(q, *cache, 1, lengths)) <= TOLERANCE
+
+
+def test_fp8_it_refuses(hopper):
+    q, k, v, lengths, _ = fp8_cache_and_token(1, 2, 2, 64, 64, dtype="bfloat16")
+    with pytest.raises(NotImplementedError) as caught:
+        decode_attention(q[:, :4], k, v, 0, lengths, implementation="mosaic_gpu")
+    message = "the cache is FP8; the kernel takes such a cache where it appends"
+    assert str(caught.value) == f"mosaic_gpu: {message}"
+    decode_attention(q[:, :4], k, v, 0, lengths)

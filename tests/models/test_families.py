@@ -145,28 +145,46 @@ def test_dynamic_rope_stretches_texts_beyond_the_context(case):
     assert relative(golden(case)(tokens), expected(case)["long_logits"]) < 1e-5
 
 
-@pytest.mark.parametrize("case", FAMILIES)
-def test_prefill_and_decode_equal_the_full_forward(case):
-    """Prompts of unequal lengths, padded beyond the context."""
-    tokens, lengths, steps = with_continuation(case), np.array([9, 13], np.int32), 20
+STEPS = 20
+
+
+def prefilled_and_decoded(case, cache_dtype=None):
+    """Logits over a cache, and what `full_logits` has of the same tokens.
+
+    Prompts of unequal lengths, padded beyond the context.
+    """
+    tokens, lengths = with_continuation(case), np.array([9, 13], np.int32)
     rows = np.arange(2)
     padded = np.pad(tokens, ((0, 0), (0, 48 - tokens.shape[1])), constant_values=5)
 
     @jax.jit
     def run(module, padded):
-        logits, cache = module.prefill(padded, jnp.asarray(lengths), module.empty_cache(2, 48))
+        cache = module.empty_cache(2, 48, cache_dtype)
+        logits, cache = module.prefill(padded, jnp.asarray(lengths), cache)
 
         def step(cache, _):
             logits, cache = module.decode(padded[rows, cache.lengths], cache)
             return cache, logits
 
-        cache, later = lax.scan(step, cache, length=steps)
+        cache, later = lax.scan(step, cache, length=STEPS)
         return jnp.concatenate([logits[None], later]), cache.lengths
 
     logits, filled = run(golden(case).module, jnp.asarray(padded))
-    assert np.array_equal(filled, lengths + steps)
-    at = lengths - 1 + np.arange(steps + 1)[:, None]
-    assert relative(logits, full_logits(case)[rows, at]) < 1e-5
+    assert np.array_equal(filled, lengths + STEPS)
+    at = lengths - 1 + np.arange(STEPS + 1)[:, None]
+    return logits, full_logits(case)[rows, at]
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_prefill_and_decode_equal_the_full_forward(case):
+    assert relative(*prefilled_and_decoded(case)) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["llama/llama3", "gemma/gemma2"])
+def test_an_fp8_cache_is_close_and_different(case):
+    logits, full = prefilled_and_decoded(case, jnp.float8_e4m3fn)
+    assert relative(logits[:1], full[:1]) < 1e-5  # prefill attends to what is not quantized
+    assert 1e-3 < relative(logits, full) < 0.1
 
 
 @pytest.mark.parametrize("case", FAMILIES)

@@ -10,7 +10,8 @@ from hopper import h200, needs_plugin, run_apart
 pytestmark = needs_plugin
 
 HIDDEN, WIDE, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB, SLOTS = 1024, 2816, 8, 2, 128, 3, 512, 512
-CACHE = rf"bf16\[{LAYERS},\d+,{KV_HEADS},{SLOTS},{HEAD_DIM}\]"
+CACHE = rf"(?:bf16|f8e4m3fn)\[{LAYERS},\d+,{KV_HEADS},{SLOTS},{HEAD_DIM}\]"
+PROGRAMS = ["decode 1", "decode 16", "prefill", "decode 16, FP8 cache", "prefill, FP8 cache"]
 # The keys of one sequence, less than any stack of weights; activations are smaller.
 LARGE = LAYERS * KV_HEADS * SLOTS * HEAD_DIM
 
@@ -45,7 +46,7 @@ def test_a_layer_of_a_decode_step_is_seven_launches(compiled):
     assert len(launches) == 7
 
 
-@pytest.mark.parametrize("program", ["decode 1", "decode 16", "prefill"])
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_no_stack_of_weights_and_no_cache_is_copied(compiled, program):
     instructions = re.findall(r"= (\w+)\[([\d,]*)\]\S* ([\w-]+)\(", compiled[program])
     large = {
@@ -60,6 +61,12 @@ def test_no_stack_of_weights_and_no_cache_is_copied(compiled, program):
     layouts = set(re.findall(CACHE + r"{([\d,]*)}", compiled[program]))
     assert layouts == {"4,3,2,1,0"}
     assert "copy" not in {opcode for _, opcode in large}
+
+
+@pytest.mark.parametrize("program", ["prefill", "prefill, FP8 cache"])
+def test_a_prefill_writes_the_cache_in_its_own_layout(compiled, program):
+    transposed = re.findall(r"= \w+\[([\d,]*)\]\S* transpose\(", compiled[program])
+    assert LARGE not in [math.prod(map(int, shape.split(","))) for shape in transposed]
 
 
 def compile_all() -> dict[str, str]:
@@ -114,6 +121,10 @@ def compile_all() -> dict[str, str]:
         kv = shaped((LAYERS, B, KV_HEADS, SLOTS, HEAD_DIM), jnp.bfloat16)
         return Cache(kv, kv, shaped((B,), jnp.int32))
 
+    def fp8_cache(B):
+        empty = jax.eval_shape(lambda: model.empty_cache(B, SLOTS, jnp.float8_e4m3fn))
+        return jax.tree.map(lambda a: shaped(a.shape, a.dtype), empty)
+
     def text(run, *args):
         return jax.jit(run, donate_argnums=len(args) - 1).lower(*args).compile().as_text()
 
@@ -125,9 +136,11 @@ def compile_all() -> dict[str, str]:
 
     return {
         **{f"decode {B}": text(decode, model, shaped((B,), jnp.int32), cache(B)) for B in (1, 16)},
-        "prefill": text(
-            prefill, model, shaped((1, 256), jnp.int32), shaped((1,), jnp.int32), cache(1)
-        ),
+        "decode 16, FP8 cache": text(decode, model, shaped((16,), jnp.int32), fp8_cache(16)),
+        **{
+            name: text(prefill, model, shaped((1, 256), jnp.int32), shaped((1,), jnp.int32), cache)
+            for name, cache in (("prefill", cache(1)), ("prefill, FP8 cache", fp8_cache(1)))
+        },
     }
 
 

@@ -71,6 +71,15 @@ def test_prefill_and_decode_equal_the_full_forward(golden, case):
     assert np.array_equal(cache.lengths, lengths + 4)
 
 
+def test_latents_in_fp8_are_close(golden):
+    module, tokens = golden("deepseek_v3").module, expected("deepseek_v3")["tokens"]
+    lengths, cache = np.array([7, 11], np.int32), module.empty_cache(2, 20, "float8_e4m3fn")
+    _, cache = prefill(module, jnp.asarray(tokens), jnp.asarray(lengths), cache)
+    logits, _ = decode(module, jnp.asarray(tokens[np.arange(2), lengths]), cache)
+    full = golden("deepseek_v3")(tokens)[np.arange(2), lengths]
+    assert 1e-3 < relative(logits, full) < 0.1
+
+
 def test_the_cache_of_latent_attention_holds_latents(golden):
     cache = golden("deepseek_v3").module.empty_cache(2, 20)
     assert (cache.k.shape, cache.v.shape) == ((3, 2, 1, 20, 40), (3, 2, 1, 20, 16))

@@ -1,0 +1,408 @@
+"""Decode attention over an FP8 cache on Hopper: as in `decode_sm90`, but FP8 on the tensor cores.
+
+Nothing of the cache is converted: keys and values go from GMEM to the tensor cores as they are.
+What they are multiplied with, queries and weights, is a sum of two FP8 numbers, which is as precise
+as a BF16 one:
+
+    x = unit * (first + second / 32),  first = fp8(x / unit),  second = fp8((x / unit - first) * 32)
+
+The two are rows of one operand, so that a product is still one instruction: wgmma has at least 8
+columns, and a group of queries leaves some of them idle otherwise.
+
+A slot's scale of keys multiplies its logits. That of values joins them,
+
+    p = exp2(logit + log2(scale_v) - maximum),  out = sum(p * v) / sum(p / scale_v)
+
+so that p is at most 1 in every slot, and has one unit.
+
+The logits of a tile are computed while the ones before become weights.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import memref
+from jaxtyping import Array, BFloat16, Float32, Int32
+
+from jaxquant.array import QuantizedArray
+from jaxquant.attention.cache import FP8, PAGE
+from jaxquant.attention.sm90 import (
+    COLUMN,
+    MAX_SPLITS,
+    MAX_STAGES,
+    ROW,
+    SMEM_BYTES,
+    SMEM_RESERVED,
+    STATISTICS,
+    TRANSPOSED,
+    WGMMA,
+    Cluster,
+    Config,
+    across,
+    column,
+    padded_group,
+    store,
+)
+from jaxquant.blocked import ACTIVATION_AMAX_FLOOR
+from jaxquant.hopper import interpreted
+from jaxquant.matmul.arithmetic_sm90 import quotient, reciprocal
+from jaxquant.matmul.sm90 import in_stack, swizzled
+
+_LOG2_E = math.log2(math.e)
+_FMAX = 448.0
+# What a first piece holds at most, and what a second one is divided by.
+_TOP = 256.0
+_SECOND = 32.0
+# Below it, a query is a sum of second pieces of this one's unit.
+_LEAST_AMAX = 2.0**-100
+# Exponent of a float32, and 254 in its place: twice the bias.
+_EXPONENT = 0x7F800000
+_TWICE_BIAS = 0x7F000000
+
+
+def default_config(B: int, H: int, G: int, S: int, D: int, sms: int) -> Config:
+    """As many splits as leave each of the `sms` multiprocessors at most one thread block."""
+    heads, splits = B * H, 1
+    while splits < MAX_SPLITS and 2 * splits * heads <= sms and splits * PAGE < S:
+        splits *= 2
+    N, tile = padded_group(G), 2 * PAGE
+    part = (D + STATISTICS) * N * 4
+
+    def fitting_stages(residents: int, splits: int) -> int:
+        """Stages beside the rest where `residents` thread blocks share the multiprocessor."""
+        fixed = SMEM_RESERVED + 2 * N * (D + tile) + 8 * tile + (part if splits > 1 else 0)
+        room = SMEM_BYTES // residents - fixed
+        # The parts take the place of the stages in the end.
+        return 0 if splits * part > room else room // (2 * tile * (D + 4))
+
+    while splits > 1 and fitting_stages(1, splits) < 2:
+        splits //= 2
+    stages = fitting_stages(2, splits)
+    if heads * splits <= sms or stages < 2:
+        stages = fitting_stages(1, splits)
+    return Config(tile, min(stages, MAX_STAGES), splits)
+
+
+def append_and_attend(
+    qkv: BFloat16[Array, "B R D"],
+    k: QuantizedArray,
+    v: QuantizedArray,
+    layer: Int32[Array, "1"],
+    lengths: Int32[Array, " B"],
+    rotation: tuple[Float32[Array, "B pairs"], Float32[Array, "B pairs"]] | None,
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    config: Config,
+) -> tuple[BFloat16[Array, "B Hq D"], QuantizedArray, QuantizedArray]:
+    """`jaxquant.attention.append_and_attend` in one kernel, which writes to the cache in place.
+
+    Args:
+      qkv: D a multiple of 64 up to 256, with a rotation of 128; at most 64 query heads for each of
+        the cache's.
+      k: as in `jaxquant.attention.cache`. No value, filled or not, is NaN; scales of what is not
+        filled may be anything.
+      v: likewise.
+      layer: which of the L.
+      lengths: filled slots, with the new token's.
+      rotation: cosines and sines, or None.
+      window: last slots that are attended to, or None for all.
+      scale: of the logits.
+      softcap: bound of the logits, or None.
+      config: see `default_config`; its tile is at least the padded group.
+    """
+    L, B, H, S, D = k.shape
+    G = qkv.shape[1] // H - 2
+    N = padded_group(G)
+    if (missing := N - G - 2 * H) > 0:
+        qkv = jnp.pad(qkv, ((0, 0), (0, missing), (0, 0)))
+    tables = rotation or ()
+    # The first and the second of what is rotated in pairs, or all that there is.
+    half = D // 2 if tables else D
+    tile, stages, splits = config.tile, config.stages, config.splits
+    cluster = Cluster(B * H, splits, D, N)
+
+    def pieces_smem(cols, of):
+        return plgpu.SMEM((2 * N, cols), FP8, transforms=swizzled(of, FP8))
+
+    def rows(value, count):
+        return plgpu.layout_cast(jnp.full((count,), value, jnp.float32), ROW)
+
+    def over_columns(values):
+        return lax.broadcast_in_dim(values, (*values.shape, N), [0])
+
+    def rotated(halves, table):
+        if table:
+            (x1, x2), (cos, sin) = halves, table
+            halves = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+        return [x.astype(jnp.bfloat16).astype(jnp.float32) for x in halves]
+
+    def store_pieces(ref, x):
+        """Both of x `[rows, N]`, at most 256, as rows of an operand."""
+        x = plgpu.layout_cast(x, TRANSPOSED)
+        first = x.astype(FP8)
+        second = ((x - first.astype(jnp.float32)) * _SECOND).astype(FP8)
+        ref.at[pl.ds(0, N)].T[...] = first
+        ref.at[pl.ds(N, N)].T[...] = second
+
+    def product(pairs, meanwhile):
+        """(The sum of `a @ b^T`, with the sums of the pieces; what `meanwhile` returns.)"""
+
+        def run(accumulator):
+            for a, b in pairs:
+                plgpu.wgmma(accumulator, a, b.T)
+            result = meanwhile()
+            return accumulator[...], result
+
+        a, _ = pairs[0]
+        both, result = pl.run_scoped(run, plgpu.ACC((a.shape[0], 2 * N), jnp.float32))
+        return both[:, :N] + both[:, N:] * (1 / _SECOND), result
+
+    def scaled(logits):
+        """In units of log(2), for exp2."""
+        if softcap is None:
+            return logits * (scale * _LOG2_E)
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+        squared = jnp.exp2(logits * (2 * scale / softcap * _LOG2_E))
+        return softcap * _LOG2_E * (1 - 2 / (squared + 1))
+
+    def kernel(qkv_gmem, k_gmem, ks_gmem, v_gmem, vs_gmem, layer_gmem, lengths_gmem, *refs):
+        *tables_gmem, out_gmem = refs[: len(tables) + 1]
+        refs = refs[len(tables) + 1 :]
+        *parts_gmem, q_smem, p_smem, k_full, v_full = refs[: 4 + len(cluster.parts)]
+        exchange = refs[4 + len(cluster.parts) :]
+        head = lax.axis_index("head")
+        split = lax.axis_index("split") if splits > 1 else 0
+        b, h = lax.div(head, H), lax.rem(head, H)
+        # Slices that start here may reach beyond the array. Pallas would refuse static ones.
+        zero = lax.mul(head, 0)
+        halves = [pl.ds(i, half) for i in range(0, D, half)]
+
+        def load_rows(ref, *index):
+            """A value for each row of an accumulator."""
+            values = plgpu.load(ref.at[index], layout=ROW, optimized=False)
+            return values.astype(jnp.float32)
+
+        # Loaded ahead of the copies, so as to wait for both at once.
+        heads = pl.ds(h * G, N)
+        token_q = [
+            plgpu.load(qkv_gmem.at[b, heads, d].T, layout=TRANSPOSED, optimized=False)
+            for d in halves
+        ]
+        token_k = [load_rows(qkv_gmem, b, H * G + h, d) for d in halves]
+        token_v = load_rows(qkv_gmem, b, H * G + H + h)
+        table = [load_rows(ref, b) for ref in tables_gmem]
+        # Of what the cache holds already.
+        end = jnp.minimum(lengths_gmem[b], S) - 1
+        start = lax.mul(end, 0) if window is None else jnp.maximum(end + 1 - window, 0)
+        first_tile = lax.div(start, tile) + split
+        steps = lax.div(lax.div(end + (tile - 1), tile) - first_tile + (splits - 1), splits)
+        row = in_stack(layer_gmem[0], L) * (B * H) + head
+
+        def first_slot(step):
+            return (first_tile + step * splits) * tile
+
+        def attended(shape, slot0, layout: Any = WGMMA):
+            slot = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + slot0
+            return (slot >= start) & (slot < end)
+
+        def quantized(values, scale):
+            scale = rows(scale, values.shape[0])
+            return quotient(values, scale, reciprocal(scale, ROW), ROW).astype(FP8)
+
+        def append(token_smem):
+            """Rotates the token and stores it; the sums where it alone is attended to."""
+            q = [plgpu.layout_cast(x, WGMMA).astype(jnp.float32) for x in token_q]
+            q = rotated(q, [over_columns(values) for values in table])
+            k = rotated(token_k, table)
+            # One reduction for all three.
+            wide = [
+                lax.concatenate(q, 0),
+                over_columns(lax.concatenate(k, 0)),
+                over_columns(token_v),
+            ]
+            amax = jnp.max(jnp.abs(lax.concatenate(wide, 1)), axis=0)
+            # The power of two at or below the largest, over that of a piece.
+            bits = lax.bitcast_convert_type(jnp.maximum(amax[:N], _LEAST_AMAX), jnp.int32)
+            bits = (bits & _EXPONENT) - (7 << 23)
+            unit = lax.bitcast_convert_type(bits, jnp.float32)
+            inverse = lax.bitcast_convert_type(_TWICE_BIAS - bits, jnp.float32)
+            store_pieces(q_smem, wide[0] * across(inverse, D))
+            fmax = column(_FMAX, N)
+            for i in range(2):
+                floored = jnp.maximum(amax[(i + 1) * N : (i + 2) * N], ACTIVATION_AMAX_FLOOR)
+                token_smem[i, :N] = quotient(floored, fmax, reciprocal(fmax, COLUMN), COLUMN)
+            plgpu.commit_smem()
+            k_scale, v_scale = token_smem[0, 0], token_smem[1, 0]
+            k = [quantized(x, k_scale) for x in k]
+            v = quantized(token_v, v_scale)
+
+            @pl.when(split == 0)
+            def _store_both():
+                page = row * (S // PAGE) + lax.div(end, PAGE)
+                for x, d in zip(k, halves, strict=True):
+                    store(k_gmem.at[row, end, d], x)
+                _store_strided(v_gmem.at[page, :, lax.rem(end, PAGE)], v)
+                ks_gmem[row, end] = k_scale
+                vs_gmem[row, end] = v_scale
+
+            products = [x * over_columns(y.astype(jnp.float32)) for x, y in zip(q, k, strict=True)]
+            logit = scaled(jnp.sum(sum(products[1:], products[0]), axis=0) * column(k_scale, N))
+            v_scale = column(v_scale, N)
+            # Of the splits, the first attends to it.
+            logit += jnp.where(split == 0, 0.0, -jnp.inf) if splits > 1 else 0.0
+            number = plgpu.broadcasted_iota(jnp.int32, (tile, N), 0, layout=WGMMA)
+            first = number + split == 0
+            weights = jnp.where(first, across(1 / v_scale, tile), jnp.zeros((tile, N)))
+            total = over_columns(v.astype(jnp.float32) * _TOP)
+            return unit, (total, logit + jnp.log2(v_scale), weights)
+
+        def attend(k_smem, v_smem, scales_smem):
+            """The sum, the maximum and the sum of the weights over this thread block's tiles."""
+
+            def copy_k(step):
+                @pl.when(step < steps)
+                def _copy():
+                    stage, slots = lax.rem(step, stages), pl.ds(first_slot(step), tile)
+                    full = k_full.at[stage]
+                    plgpu.copy_gmem_to_smem(
+                        k_gmem.at[row, slots, pl.ds(zero, D)], k_smem.at[stage], full
+                    )
+                    for i, gmem in enumerate((ks_gmem, vs_gmem)):
+                        plgpu.copy_gmem_to_smem(gmem.at[row, slots], scales_smem.at[stage, i], full)
+
+            def copy_v(step):
+                @pl.when(step < steps)
+                def _copy():
+                    stage = lax.rem(step, stages)
+                    page = row * (S // PAGE) + lax.div(first_slot(step), PAGE)
+                    plgpu.copy_gmem_to_smem(
+                        v_gmem.at[pl.ds(page, tile // PAGE), pl.ds(zero, D), pl.ds(zero, PAGE)],
+                        v_smem.at[stage],
+                        v_full.at[stage],
+                    )
+
+            def next_logits(step, meanwhile):
+                """Without scales; of the last step, they mean nothing."""
+                stage = lax.rem(step, stages)
+
+                @pl.when(step < steps)
+                def _wait():
+                    plgpu.barrier_wait(k_full.at[stage])
+
+                return product([(k_smem.at[stage], q_smem)], meanwhile)
+
+            for step in range(stages):
+                copy_k(jnp.int32(step))
+                if step < stages - 1:
+                    copy_v(jnp.int32(step))
+            unit, init = append(scales_smem.at[stages])
+            logits, _ = next_logits(jnp.int32(0), lambda: None)
+
+            def add_tile(step, carry):
+                total, maximum, weights, logits = carry
+                stage, slot0 = lax.rem(step, stages), first_slot(step)
+
+                def softmax():
+                    k_scale, v_scale = (
+                        plgpu.load(scales_smem.at[stage, i], layout=ROW, optimized=False)
+                        for i in range(2)
+                    )
+                    x = scaled(logits * across(unit, tile) * over_columns(k_scale))
+                    x += over_columns(jnp.log2(v_scale))
+                    x = jnp.where(attended((tile, N), slot0), x, -jnp.inf)
+                    new_maximum = jnp.maximum(maximum, jnp.max(x, axis=0))
+                    p = jnp.exp2(x - across(new_maximum, tile))
+                    shrink = jnp.exp2(maximum - new_maximum)
+                    store_pieces(p_smem, p * _TOP)
+                    unscaled = jnp.where(attended((tile,), slot0, ROW), 1 / v_scale, 0.0)
+                    return new_maximum, shrink, p * over_columns(unscaled)
+
+                logits, (new_maximum, shrink, p) = next_logits(step + 1, softmax)
+                plgpu.barrier_wait(v_full.at[stage])
+                # Behind this barrier all warps are done with the next keys and the last values.
+                plgpu.commit_smem()
+
+                def copy():
+                    copy_k(step + stages)
+                    copy_v(step + stages - 1)
+
+                pages = [
+                    (v_smem.at[stage, i], p_smem.at[:, pl.ds(i * PAGE, PAGE)])
+                    for i in range(tile // PAGE)
+                ]
+                part, _ = product(pages, copy)
+                total = total * across(shrink, D) + part
+                return total, new_maximum, weights * across(shrink, tile) + p, logits
+
+            total, maximum, weights, _ = lax.fori_loop(0, steps, add_tile, (*init, logits))
+            return total, maximum, jnp.sum(weights, axis=0)
+
+        def write(total, weight):
+            def store(y_smem):
+                y = (total / across(weight * _TOP, D)).astype(jnp.bfloat16)
+                y_smem.T[...] = plgpu.layout_cast(y, TRANSPOSED)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(y_smem, out_gmem.at[head, pl.ds(zero, N), pl.ds(zero, D)])
+                plgpu.wait_smem_to_gmem(0)
+
+            y_smem = plgpu.SMEM((N, D), jnp.bfloat16, transforms=swizzled(D, jnp.bfloat16))
+            pl.run_scoped(store, y_smem, collective_axes="warpgroup")
+
+        ring = [
+            plgpu.SMEM((stages, tile, D), FP8, transforms=swizzled(D, FP8)),
+            plgpu.SMEM((stages, tile // PAGE, D, PAGE), FP8, transforms=swizzled(PAGE, FP8)),
+            plgpu.SMEM((stages + 1, 2, tile), jnp.float32),
+        ]
+        sums = pl.run_scoped(attend, *ring, collective_axes="warpgroup")
+        cluster.add_up(sums, head, split, parts_gmem, exchange, write)
+
+    out_rows = G if G < 8 else N
+    out_type = [jax.ShapeDtypeStruct((B * H, out_rows, D), jnp.bfloat16)]
+    scratch: list[Any] = [
+        pieces_smem(D, D),
+        pieces_smem(tile, PAGE),
+        plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+        plgpu.Barrier(num_barriers=stages),
+    ]
+    shapes = (-1, S, D), (-1, S), (-1, D, PAGE), (-1, S)
+    stored = k.qvalue, k.scale, v.qvalue, v.scale
+    cache = [jax.new_ref(a.reshape(s)) for a, s in zip(stored, shapes, strict=True)]
+    out, *_ = plgpu.kernel(
+        kernel,
+        out_type=[*out_type, *cluster.out_type],
+        scratch_types=[*scratch, *cluster.scratch],
+        grid=(B * H,),
+        grid_names=("head",),
+        **cluster.axes,
+        num_threads=1,
+        thread_name="warpgroup",
+        kernel_name="jaxquant_decode_attention_fp8",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
+    )(qkv, *cache, layer, lengths, *tables)
+    qk, ks, qv, vs = (
+        jax.freeze(ref).reshape(a.shape) for ref, a in zip(cache, stored, strict=True)
+    )
+    k = dataclasses.replace(k, qvalue=qk, scale=ks)
+    v = dataclasses.replace(v, qvalue=qv, scale=vs)
+    return out[:, :G].reshape(B, H * G, D), k, v
+
+
+def _store_strided(ref: Any, value: Array) -> None:
+    """Stores values for rows of an accumulator to GMEM where they do not lie side by side."""
+    if interpreted():
+        ref[...] = value
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ROW))
+    def run(_, ref, value):
+        value.foreach(lambda x, index: memref.store(x, ref, index))
+
+    run(ref, value)  # pyright: ignore[reportCallIssue]
