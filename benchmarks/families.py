@@ -37,7 +37,7 @@ from jaxquant.models.registry import Family
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 CASES = sorted(str(path.parent.relative_to(GOLDEN)) for path in GOLDEN.glob("*/*/config.json"))
 SIZES = {
-    "vocab_size": 512,
+    "vocab_size": 128,
     "max_position_embeddings": 256,
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -64,6 +64,8 @@ def checkpoint(case: str, folder: Path) -> Path:
     config |= {k: size for k, size in SIZES.items() if config.get(k) is not None}
     if "kv_lora_rank" in config:
         config["head_dim"] = config["qk_rope_head_dim"]
+    if config["model_type"] == "stablelm":  # an even number of dims
+        config["rope_parameters"]["partial_rotary_factor"] = 0.5
     family = Family(HFConfig(config))
     shapes = {}
     for name, slot in family.slots().items():
