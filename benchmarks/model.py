@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -231,27 +232,33 @@ def measure(args: argparse.Namespace) -> None:
     def say(name: str, value: Any) -> None:
         print(json.dumps([name, value]), flush=True)
 
-    start = start_transformers if args.measure.startswith("torch") else start_jaxquant
+    by_torch = args.measure.startswith("torch")
+    start = start_transformers if by_torch else start_jaxquant
     try:
         decode, prefill, on = start(args.measure, args.shape, args.context)
     except ImportError as e:
         say("on", str(e))
         return
     say("on", on)
-    for i, B in enumerate(args.batch):
-        run = decode(B)
-        first = seconds(lambda run=run: run(1))
-        if i == 0:
-            say("first", first)
-        if args.first:
-            return
-        say(f"decode {B}", median(lambda run=run: run(STEPS), DECODES) / STEPS * 1e3)
-        del run
-    for T in args.prefill:
-        run = prefill(T)
-        run()
-        say(f"prefill {T}", T / median(run, PREFILLS))
-        del run
+    decodes = [decode(args.batch[0])]
+    say("first", seconds(lambda: decodes[0](1)))
+    if args.first:
+        return
+    decodes += [decode(B) for B in args.batch[1:]]
+    prefills = [prefill(T) for T in args.prefill]
+    # First calls are compilation for the most part. PyTorch captures one graph at a time.
+    calls = [*(functools.partial(run, 1) for run in decodes[1:]), *prefills]
+    if by_torch:
+        for call in calls:
+            call()
+    else:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda call: call(), calls))
+    for B, run in zip(args.batch, decodes, strict=True):
+        call = functools.partial(run, STEPS)
+        say(f"decode {B}", median(call, DECODES) / STEPS * 1e3)
+    for T, call in zip(args.prefill, prefills, strict=True):
+        say(f"prefill {T}", T / median(call, PREFILLS))
 
 
 def seconds(run: Callable[[], None]) -> float:
