@@ -39,8 +39,8 @@ CASES = sorted(str(path.parent.relative_to(GOLDEN)) for path in GOLDEN.glob("*/*
 SIZES = {
     "vocab_size": 128,
     "max_position_embeddings": 256,
-    "hidden_size": 256,
-    "intermediate_size": 512,
+    "hidden_size": 1024,
+    "intermediate_size": 1024,
     "head_dim": 128,
     "query_pre_attn_scalar": 128,
     "moe_intermediate_size": 128,

@@ -101,4 +101,4 @@ def test_a_checkpoint_of_each_family_has_the_tensors_of_its_model(tmp_path):
     families = load("families")
     for case in ("internlm/internlm2", "gemma/gemma3", "moe/deepseek_v3"):
         model = families.load(families.checkpoint(case, tmp_path / case))
-        assert model.module.cfg.hidden_size == 256
+        assert model.module.cfg.hidden_size == 1024
