@@ -22,6 +22,7 @@ which weights are read are set beside that of a sum over 1 GiB in the same run.
 import argparse
 import dataclasses
 import datetime
+import functools
 import math
 import os
 import pathlib
@@ -99,19 +100,21 @@ def kernel(M: int, N: int, K: int) -> tuple[Callable[..., jax.Array], int, int] 
     return product, rows, scale_rows
 
 
-def random(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """FP8 that looks like quantized activations, BF16, or positive float32 scales."""
-    if dtype == jnp.float32:
-        return jax.random.uniform(key, shape, minval=0.5, maxval=1.5) * 1e-2
-    values = jax.random.normal(key, shape, jnp.bfloat16)
-    return (values * 120).astype(dtype) if dtype == jnp.float8_e4m3fn else values
+@functools.cache
+def maker(shape: tuple[int, ...], dtype: Any) -> Callable[[Any], jax.Array]:
+    """Makes FP8 that looks like quantized activations, BF16, or positive float32 scales."""
+
+    def make(key):
+        if dtype == jnp.float32:
+            return jax.random.uniform(key, shape, minval=0.5, maxval=1.5) * 1e-2
+        values = jax.random.normal(key, shape, jnp.bfloat16)
+        return (values * 120).astype(dtype) if dtype == jnp.float8_e4m3fn else values
+
+    return jax.jit(make).lower(random_key(0)).compile()
 
 
-def make(like: Any) -> Any:
-    """Random arrays for a tree of shapes."""
-    leaves, tree = jax.tree.flatten(like)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    return tree.unflatten([random(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)])
+def random_key(i: int) -> jax.Array:
+    return jax.random.key(i, impl="unsafe_rbg")  # takes the least time to compile
 
 
 def sets_of(N: int, K: int) -> int:
@@ -125,10 +128,11 @@ def compiled(product: Callable[..., jax.Array], x: Any, w: Any, sets: int, **opt
     run = jax.jit(lambda xs, ws: [one(x, w) for x, w in zip(xs, ws, strict=True)])
     like = [x] * sets, [w] * sets
     run = run.lower(*like).compile(compiler_options=options)
-    operands = jax.jit(lambda: make(like)).lower().compile()
+    leaves, tree = jax.tree.flatten(like)
+    makers = [maker(leaf.shape, leaf.dtype) for leaf in leaves]
 
     def start():
-        args = operands()
+        args = tree.unflatten([make(random_key(i)) for i, make in enumerate(makers)])
         return lambda: jax.block_until_ready(run(*args))
 
     return start
