@@ -186,7 +186,7 @@ def start_transformers(row: str, shape: str, context: int) -> tuple[Start, Start
             return model(ids, **options).logits[:, -1:].argmax(-1)
 
         if row == "torch-compile":
-            greedy = torch.compile(greedy, mode="reduce-overhead", fullgraph=True)
+            greedy = torch.compile(greedy, mode="reduce-overhead", dynamic=False)
 
             def step():
                 ids.copy_(greedy(ids))
