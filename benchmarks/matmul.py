@@ -2,7 +2,7 @@
 
     python benchmarks/matmul.py [-m 512 4096] [-o benchmarks/results/matmul.md]
 
-    BF16        XLA's dot of BF16 operands
+    BF16        XLA's dot of BF16 operands; from 512 tokens on by cuBLAS, which spares the tuning
     FP8 tensor  XLA's dot of FP8 operands without scales: what FP8 costs with one scale per tensor
     cuBLASLt    blocked FP8 (1x128 and 128x128 scales) by `torch.nn.functional.scaled_mm`, where
                 torch with CUDA is installed
@@ -15,18 +15,20 @@ One clock for all: the durations of the kernels on the device, by CUPTI, added u
 of Mosaic kernels records torch's as well, since it is the process that CUPTI watches. Host time
 and gaps between kernels are in none of them. Every product in a run has random operands of its
 own, together more than the L2 cache holds where the shape allows it (at most 6 sets); runs follow
-one another without a pause, so that the GPU has the clock it keeps under load. Medians.
+one another without a pause, so that the GPU has the clock it keeps under load. Medians. Rates at
+which weights are read are set beside that of a sum over 1 GiB in the same run.
 """
 
 import argparse
 import dataclasses
 import datetime
+import functools
 import math
 import os
 import pathlib
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -53,6 +55,10 @@ NKS = (
 )
 # From here on products are bound by the tensor cores, below by reading the weight.
 PREFILL = 512
+# Products with so few tokens do nothing but read the weight, if it has so many bytes.
+STREAMED_TOKENS, STREAMED_BYTES = 16, 60e6
+# From here on products are compared with what FP8 costs without blocks.
+LARGE = 4096
 ROTATED_BYTES = 150 << 20
 MAX_SETS = 6
 REPEATS = 5
@@ -94,20 +100,21 @@ def kernel(M: int, N: int, K: int) -> tuple[Callable[..., jax.Array], int, int] 
     return product, rows, scale_rows
 
 
-@jax.jit(static_argnums=(1, 2))
-def random(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """FP8 that looks like quantized activations, BF16, or positive float32 scales."""
-    if dtype == jnp.float32:
-        return jax.random.uniform(key, shape, minval=0.5, maxval=1.5) * 1e-2
-    values = jax.random.normal(key, shape, jnp.bfloat16)
-    return (values * 120).astype(dtype) if dtype == jnp.float8_e4m3fn else values
+@functools.cache
+def maker(shape: tuple[int, ...], dtype: Any) -> Callable[[Any], jax.Array]:
+    """Makes FP8 that looks like quantized activations, BF16, or positive float32 scales."""
+
+    def make(key):
+        if dtype == jnp.float32:
+            return jax.random.uniform(key, shape, minval=0.5, maxval=1.5) * 1e-2
+        values = jax.random.normal(key, shape, jnp.bfloat16)
+        return (values * 120).astype(dtype) if dtype == jnp.float8_e4m3fn else values
+
+    return jax.jit(make).lower(random_key(0)).compile()
 
 
-def make(like: Any, key: Any) -> Any:
-    """Random arrays for a tree of shapes."""
-    leaves, tree = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves))
-    return tree.unflatten([random(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)])
+def random_key(i: int) -> jax.Array:
+    return jax.random.key(i, impl="unsafe_rbg")  # takes the least time to compile
 
 
 def sets_of(N: int, K: int) -> int:
@@ -121,9 +128,11 @@ def compiled(product: Callable[..., jax.Array], x: Any, w: Any, sets: int, **opt
     run = jax.jit(lambda xs, ws: [one(x, w) for x, w in zip(xs, ws, strict=True)])
     like = [x] * sets, [w] * sets
     run = run.lower(*like).compile(compiler_options=options)
+    leaves, tree = jax.tree.flatten(like)
+    makers = [maker(leaf.shape, leaf.dtype) for leaf in leaves]
 
     def start():
-        args = make(like, jax.random.key(0))
+        args = tree.unflatten([make(random_key(i)) for i, make in enumerate(makers)])
         return lambda: jax.block_until_ready(run(*args))
 
     return start
@@ -137,7 +146,7 @@ def compile_xla(M: int, N: int, K: int) -> dict[str, Callable[[], Any]]:
         return compiled(dot, x, w, sets_of(N, K), **options)
 
     fp8 = start(jnp.float8_e4m3fn, xla_gpu_enable_triton_gemm=False)
-    return {"BF16": start(jnp.bfloat16), "FP8 tensor": fp8}
+    return {"BF16": start(jnp.bfloat16, xla_gpu_enable_triton_gemm=M < PREFILL), "FP8 tensor": fp8}
 
 
 def compile_ours(M: int, N: int, K: int) -> dict[str, Callable[[], Any]]:
@@ -212,20 +221,30 @@ def kernel_microseconds(run: Callable[[], Any], products: int) -> float:
     return statistics.median(totals) * 1e3 / products
 
 
-def measure(M: int, N: int, K: int, ours: dict[str, Callable[[], Any]]) -> dict[str, float]:
+def measure(M: int, N: int, K: int, starts: dict[str, Callable[[], Any]]) -> dict[str, float]:
     """Microseconds by column."""
-    starts = ours | compile_xla(M, N, K)
     times = {name: kernel_microseconds(start(), sets_of(N, K)) for name, start in starts.items()}
     if (run := cublaslt_run(M, N, K)) is not None:
         times["cuBLASLt"] = kernel_microseconds(run, sets_of(N, K))
     return times
 
 
+def read_bandwidth() -> float:
+    """Bytes per second at which a sum reads memory."""
+    total = jax.jit(jnp.sum)
+    values = jnp.ones((1 << 14, 1 << 14), jnp.int32)
+    seconds = kernel_microseconds(lambda: jax.block_until_ready(total(values)), 1) * 1e-6
+    return values.nbytes / seconds
+
+
+def ours(times: dict[str, float]) -> float:
+    """The product's time; with quantization, where one kernel does both."""
+    return times.get("jaxquant", times["with quant"])
+
+
 def speed(times: dict[str, float]) -> float | None:
     """Ours over cuBLASLt's."""
-    if "cuBLASLt" not in times or "jaxquant" not in times:
-        return None
-    return times["cuBLASLt"] / times["jaxquant"]
+    return times["cuBLASLt"] / ours(times) if "cuBLASLt" in times else None
 
 
 def row(M: int, N: int, K: int, times: dict[str, float]) -> str:
@@ -243,24 +262,44 @@ HEADER = f"""\
 |--:|--:|--:|{"--:|" * len(COLUMNS + RATIOS)}"""
 
 
-def summary(results: dict[tuple[int, int, int], dict[str, float]]) -> str:
-    """Geometric means against cuBLASLt."""
+def summary(results: dict[tuple[int, int, int], dict[str, float]], bandwidth: float) -> str:
+    """Geometric means against others, and the rate at which weights are read.
 
-    def line(name: str, ratios: Sequence[float]) -> str:
-        mean = math.exp(statistics.fmean(map(math.log, ratios)))
-        return f"- {name}: {mean:.3f}, {min(ratios):.3f} to {max(ratios):.3f} ({len(ratios)})"
+    Args:
+      results: microseconds by column, by M, N and K.
+      bandwidth: bytes per second of a read.
+    """
+    groups: dict[str, list[float]] = {}
 
-    prefill, few, by_m = [], [], {}
-    for (M, *_), times in results.items():
+    def add(name: str, ratio: float) -> None:
+        groups.setdefault(name, []).append(ratio)
+
+    for (M, N, K), times in results.items():
         if (ratio := speed(times)) is not None:
-            (prefill if M >= PREFILL else few).append(ratio)
-            by_m.setdefault(M, []).append(ratio)
-    groups = {f"M >= {PREFILL}": prefill, f"1 < M < {PREFILL}": few}
-    groups |= {f"M = {M}": ratios for M, ratios in by_m.items()}
-    lines = [line(name, ratios) for name, ratios in groups.items() if ratios]
-    return "\n".join(
-        ["", "Speed over cuBLASLt, geometric mean, least and most (shapes):", "", *lines]
-    )
+            add(f"over cuBLASLt, M {'>=' if M >= PREFILL else '<'} {PREFILL}", ratio)
+            add(f"over cuBLASLt, M = {M}", ratio)
+        if M < PREFILL:
+            other = min(times[c] for c in ("BF16", "cuBLASLt") if c in times)
+            add(f"over the faster of BF16 and cuBLASLt, M < {PREFILL}", other / ours(times))
+            add(
+                f"over the faster of BF16 and cuBLASLt, M < {PREFILL}, quantization included",
+                other / times["with quant"],
+            )
+        if M >= LARGE:
+            add(f"over FP8 tensor, M >= {LARGE}", times["FP8 tensor"] / ours(times))
+        if M <= STREAMED_TOKENS and N * K >= STREAMED_BYTES:
+            add(
+                f"weight read, of {bandwidth / 1e12:.2f} TB/s, M <= {STREAMED_TOKENS}, "
+                f"{STREAMED_BYTES / 1e6:.0f} MB or more",
+                N * K / (ours(times) * 1e-6) / bandwidth,
+            )
+    lines = []
+    for name in sorted(groups, key=lambda name: "M = " in name):  # as they came, one M last
+        ratios = groups[name]
+        mean = math.exp(statistics.fmean(map(math.log, ratios)))
+        least, most = min(ratios), max(ratios)
+        lines.append(f"- {name}: {mean:.3f}, {least:.3f} to {most:.3f} ({len(ratios)})")
+    return "\n".join(["", "Speed, geometric mean, least and most (shapes):", "", *lines])
 
 
 def main() -> None:
@@ -287,14 +326,21 @@ def main() -> None:
     print("\n".join(lines), flush=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     results = {}
-    shapes = [(M, N, K) for M in args.tokens for N, K in NKS[: args.shapes]]
-    with ThreadPoolExecutor() as pool:  # compiles ahead of what is measured
-        for shape, ours in zip(shapes, pool.map(lambda s: compile_ours(*s), shapes), strict=True):
-            results[shape] = measure(*shape, ours)
-            lines.append(row(*shape, results[shape]))
-            print(lines[-1], flush=True)
-            args.output.write_text("\n".join(lines) + "\n")
-    lines.append(summary(results))
+    bandwidth = read_bandwidth()
+    shapes = {M: [(M, N, K) for N, K in NKS[: args.shapes]] for M in args.tokens}
+    with ThreadPoolExecutor() as pool, ThreadPoolExecutor() as ahead:
+        futures = {
+            shape: ahead.submit(compile_ours, *shape) for of_m in shapes.values() for shape in of_m
+        }
+        for of_m in shapes.values():
+            # Side by side; XLA lets one kernel alone run while it measures it.
+            others = list(pool.map(lambda shape: compile_xla(*shape), of_m))
+            for shape, other in zip(of_m, others, strict=True):
+                results[shape] = measure(*shape, futures.pop(shape).result() | other)
+                lines.append(row(*shape, results[shape]))
+                print(lines[-1], flush=True)
+                args.output.write_text("\n".join(lines) + "\n")
+    lines.append(summary(results, bandwidth))
     print(lines[-1])
     args.output.write_text("\n".join(lines) + "\n")
 

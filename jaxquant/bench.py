@@ -105,7 +105,9 @@ def bench(
     for quantization in (None, config or QuantConfig()):
         model, seconds = timed_load(path, quantization)
         if tune and model.quant_config:
-            tuning.tune(_products(model.module, batch * bucket(prompt_tokens)))
+            for M in (batch, batch * bucket(prompt_tokens)):
+                for weight_only, shapes in _products(model.module, M).items():
+                    tuning.tune(shapes, weight_only=weight_only)
         timings.append(_time(kind(model), model, seconds, batch, prompt_tokens, new_tokens))
         if model.quant_config and config is None:
             break
@@ -115,14 +117,15 @@ def bench(
                  tuple(timings))  # fmt: skip
 
 
-def _products(module: Any, M: int) -> set[tuple[int, int, int]]:
-    """(M, N, K) of the FP8 products of a prefill of M tokens."""
-    leaves = jax.tree.leaves(module, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))
-    return {
-        (M, *leaf.qvalue.shape[-2:])
-        for leaf in leaves
-        if isinstance(leaf, QuantizedArray) and leaf.qvalue.ndim == 3  # experts have other kernels
-    }
+def _products(module: Any, M: int) -> dict[bool, set[tuple[int, int, int]]]:
+    """(M, N, K) of the FP8 products of M tokens, by whether the weight alone is FP8."""
+    products: dict[bool, set[tuple[int, int, int]]] = {}
+    for leaf in jax.tree.leaves(module, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray)):
+        # Experts have other kernels.
+        if isinstance(leaf, QuantizedArray) and leaf.qvalue.ndim == 3:
+            found = products.setdefault(leaf.activation_scheme is None, set())
+            found.add((M, *leaf.qvalue.shape[-2:]))
+    return products
 
 
 def _time(name: str, model: LanguageModel, load_seconds: float, B: int, T: int, new: int) -> Timing:

@@ -131,8 +131,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
     bench.add_argument("--new-tokens", type=int, default=64, metavar="N")
     bench.add_argument("--tune", action="store_true",
-                       help="first measure the prefill kernels of this model on this GPU, and keep "
-                       "the fastest in your table of configs")  # fmt: skip
+                       help="first measure the kernels of this model's products on this GPU, and "
+                       "keep the fastest in your table of configs")  # fmt: skip
     _add_config(bench)
     _add_json(bench)
     return parser

@@ -1,6 +1,7 @@
 """The benchmarks run on a CPU, and what they compare computes the same."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -14,14 +15,18 @@ import jaxquant as jq
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def transform():
-    spec = importlib.util.spec_from_file_location("transform", FOLDER / "transform.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def transform():
+    return load("transform")
 
 
 def test_transform_runs(transform, monkeypatch, capsys):
@@ -48,3 +53,52 @@ def test_transform_compares_the_same_products(transform, form):
     )
     expected, actual = jax.jit(direct)(*args)[0], jax.jit(jq.fp8(plain))(*args)[0]
     np.testing.assert_array_equal(actual, expected)
+
+
+def test_a_row_of_the_model_is_measured(monkeypatch, capsys):
+    command = "model.py --shape tiny --batch 2 --context 8 --prefill 32 --measure fp8"
+    monkeypatch.setattr(sys, "argv", command.split())
+    load("model").main()
+    found = dict(map(json.loads, capsys.readouterr().out.splitlines()))
+    assert list(found) == ["on", "first", "decode 2", "prefill 32"]
+    assert found.pop("on") == f"cpu, jax {jax.__version__}"
+    assert all(value > 0 for value in found.values())
+
+
+def test_the_summary_of_the_products():
+    results = {
+        (1, 28672, 4096): {"BF16": 60.0, "FP8 tensor": 49.0, "with quant": 30.0},
+        (16, 4096, 4096): {
+            "BF16": 12.0,
+            "FP8 tensor": 9.0,
+            "cuBLASLt": 15.0,
+            "jaxquant": 8.0,
+            "with quant": 10.0,
+        },
+        (4096, 4096, 4096): {
+            "BF16": 170.0,
+            "FP8 tensor": 90.0,
+            "cuBLASLt": 110.0,
+            "jaxquant": 100.0,
+            "with quant": 120.0,
+        },
+    }
+    bandwidth = 28672 * 4096 / 30e-6 / 0.9
+    assert load("matmul").summary(results, bandwidth).splitlines()[3:] == [
+        "- over the faster of BF16 and cuBLASLt, M < 512: 1.732, 1.500 to 2.000 (2)",
+        "- over the faster of BF16 and cuBLASLt, M < 512, quantization included: "
+        "1.549, 1.200 to 2.000 (2)",
+        "- weight read, of 4.35 TB/s, M <= 16, 60 MB or more: 0.900, 0.900 to 0.900 (1)",
+        "- over cuBLASLt, M < 512: 1.875, 1.875 to 1.875 (1)",
+        "- over cuBLASLt, M >= 512: 1.100, 1.100 to 1.100 (1)",
+        "- over FP8 tensor, M >= 4096: 0.900, 0.900 to 0.900 (1)",
+        "- over cuBLASLt, M = 16: 1.875, 1.875 to 1.875 (1)",
+        "- over cuBLASLt, M = 4096: 1.100, 1.100 to 1.100 (1)",
+    ]
+
+
+def test_a_checkpoint_of_each_family_has_the_tensors_of_its_model(tmp_path):
+    families = load("families")
+    for case in ("internlm/internlm2", "gemma/gemma3", "moe/deepseek_v3"):
+        model = families.load(families.checkpoint(case, tmp_path / case))
+        assert model.module.cfg.hidden_size == 1024

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
+from jaxquant.matmul import tuning
 from jaxquant.matmul.sm90 import (
     FP8,
     K_BLOCK,
@@ -61,11 +62,21 @@ def padded_tokens(M: int) -> int:
 
 
 def default_config(M: int, N: int, K: int, sms: int) -> Config:
-    """As many splits as leave each of the `sms` multiprocessors at most one tile."""
+    """The tuned cut, or as many splits as leave each multiprocessor (`sms`) at most one tile."""
+    tuned = tuning.lookup("decode", M, N, K)
+    if tuned is not None:
+        return Config(**tuned)
     steps = cdiv(K, K_BLOCK)
     tile_n = 64 if M <= 64 and cdiv(N, 64) <= sms else 128
     fitting = (s for s in (8, 4, 2) if cdiv(N, tile_n) * s <= sms and _can_split(steps, s))
     return Config(tile_n, next(fitting, 1))
+
+
+def cuts(M: int, N: int, K: int) -> list[Config]:
+    """What may be the fastest: whatever the kernel takes, for a product of a few tokens."""
+    steps = cdiv(K, K_BLOCK)
+    splits = [s for s in (1, 2, 4, 8) if s == 1 or _can_split(steps, s)]
+    return [Config(tile_n, splits=s) for tile_n in (64, 128) for s in splits]
 
 
 def _can_split(steps: int, splits: int) -> bool:

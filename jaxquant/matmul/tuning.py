@@ -5,12 +5,13 @@ table, made by `tune`, comes before it. Both are
 
     {"NVIDIA H200": {"gemm": {"512x4096x14336": {"tile_m": 128, "cluster": false, "tile_n": 128}}}}
 
-by device kind, kernel, and MxNxK with M as `bucket` rounds it. What is in neither is left to the
-kernel's prediction.
+by device kind, kernel (`gemm`, `decode` or `w8a16`), and MxNxK with M as `bucket` rounds it. What
+is in neither is left to the kernel's prediction.
 """
 
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import statistics
@@ -24,9 +25,9 @@ import jax.numpy as jnp
 from jaxquant.errors import JaxquantError
 
 _SHIPPED = Path(__file__).with_name("tuned.json")
-_FIELDS = {"gemm": {"tile_m": int, "cluster": bool, "tile_n": int}}
+_KERNELS = ("gemm", "decode", "w8a16")
 
-# A config is measured if it is predicted to take at most so many times the least.
+# A config of `gemm` is measured if it is predicted to take at most so many times the least.
 _WITHIN = 1.25
 _REPEATS = 5
 # Together the operands exceed any L2 cache.
@@ -103,37 +104,45 @@ def _check(path: Path, table: Any) -> None:
 
     for device, _, kernels in entries("", table, "device kind"):
         for field, kernel, shapes in entries(device, kernels, "kernel"):
-            if kernel not in _FIELDS:
-                refuse(field, kernel, ", ".join(_FIELDS))
+            if kernel not in _KERNELS:
+                refuse(field, kernel, ", ".join(_KERNELS))
+            module = _module(kernel)
+            fields: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(module.Config)}
             for shape, key, config in entries(field, shapes, "MxNxK"):
                 sizes = key.split("x")
-                if len(sizes) != 3 or not all(s.isdecimal() for s in sizes):
+                if len(sizes) != 3 or not all(s.isdecimal() and int(s) for s in sizes):
                     refuse(shape, key, "MxNxK")
-                fields = _FIELDS[kernel]
                 if not isinstance(config, dict) or set(config) != set(fields):
                     refuse(shape, config, f"an object of {', '.join(fields)}")
                 for name, kind in fields.items():
                     if type(config[name]) is not kind:
                         refuse(f"{shape}/{name}", config[name], f"{kind.__name__}s")
-                _check_gemm(f"{path}: {shape}", config)
+                try:
+                    cut = module.Config(**config)
+                except JaxquantError as e:
+                    raise JaxquantError(f"{path}: {shape}: {e}") from None
+                if kernel != "gemm" and cut not in (cuts := module.cuts(*map(int, sizes))):
+                    allowed = (json.dumps(dataclasses.asdict(cut)) for cut in cuts)
+                    refuse(shape, config, ", ".join(allowed))
 
 
-def _check_gemm(where: str, config: dict[str, Any]) -> None:
-    from jaxquant.matmul.gemm_sm90 import Config
-
-    try:
-        Config(**config)
-    except JaxquantError as e:
-        raise JaxquantError(f"{where}: {e}") from None
+def _module(kernel: str) -> Any:
+    # When it is needed: Mosaic GPU is there only where jaxlib was built with it.
+    return importlib.import_module(f"jaxquant.matmul.{kernel}_sm90")
 
 
-def tune(shapes: Iterable[tuple[int, int, int]]) -> dict[tuple[int, int, int], dict[Any, float]]:
-    """Measures the configs of `gemm` on this GPU and adds the fastest to the user's table.
+def tune(
+    shapes: Iterable[tuple[int, int, int]], *, weight_only: bool = False
+) -> dict[tuple[int, int, int], dict[Any, float]]:
+    """Measures the configs of kernels on this GPU and adds the fastest to the user's table.
 
-    Products that are compiled from then on take them. Operands are random FP8.
+    Products that are compiled from then on take them. Operands are random. A product of so few
+    tokens that it is one kernel with their quantization has one config, and is left out.
 
     Args:
-      shapes: (M, N, K) of the products; M tokens, as many as are to be prefilled at once.
+      shapes: (M, N, K) of the products; M tokens, as many as are to be prefilled or decoded at
+        once.
+      weight_only: whether activations stay BF16.
 
     Returns:
       By shape, the microseconds of each config that was measured (device time of the kernel),
@@ -149,9 +158,12 @@ def tune(shapes: Iterable[tuple[int, int, int]]) -> dict[tuple[int, int, int], d
     _load(path)  # a table with an error is not to be found out at the end
     measured = {}
     for M, N, K in shapes:
-        measured[M, N, K] = times = _measure(M, N, K, device.core_count)
+        kernel = _kernel(M, N, K, device.core_count, weight_only)
+        if kernel is None:
+            continue
+        measured[M, N, K] = times = _measure(kernel, M, N, K, device.core_count)
         table = json.loads(path.read_text()) if path.exists() else {}
-        configs = table.setdefault(device.device_kind, {}).setdefault("gemm", {})
+        configs = table.setdefault(device.device_kind, {}).setdefault(kernel, {})
         configs[f"{bucket(M)}x{N}x{K}"] = dataclasses.asdict(next(iter(times)))
         _write(path, table)
     return measured
@@ -168,14 +180,33 @@ def _write(path: Path, table: Table) -> None:
     _configs.cache_clear()
 
 
-def _measure(M: int, N: int, K: int, sms: int) -> dict[Any, float]:
+def _kernel(M: int, N: int, K: int, sms: int, weight_only: bool) -> str | None:
+    """The kernel of a product, as `mosaic_gpu` picks it, if it has configs to choose from."""
+    if weight_only:
+        return "w8a16"
+    if _module("gemv").takes(M, K):
+        return None
+    return "decode" if _module("decode").takes(M, N, sms) else "gemm"
+
+
+def _measure(kernel: str, M: int, N: int, K: int, sms: int) -> dict[Any, float]:
     """Microseconds by config, the fastest first."""
     from jax.experimental.mosaic.gpu import profiler
 
-    from jaxquant.matmul import gemm_sm90
     from jaxquant.matmul.sm90 import FP8, round_up
 
-    rows = max(16, round_up(M, 8))
+    module = _module(kernel)
+    args: dict[str, Any] = {"out_dtype": jnp.bfloat16, "sms": sms}
+    if kernel == "gemm":
+        run, rows = module.gemm, max(16, round_up(M, 8))
+        predicted = {c: module.microseconds(c, M, N, K, sms) for c in module.PREDICTED}
+        most = _WITHIN * min(predicted.values())
+        configs = [config for config, us in predicted.items() if us <= most]
+    elif kernel == "decode":
+        run, rows, configs = module.decode, module.padded_tokens(M), module.cuts(M, N, K)
+        args["M"] = M
+    else:
+        run, rows, configs = module.product, M if M < 8 else round_up(M, 8), module.cuts(M, N, K)
     sets = max(2, min(_MAX_SETS, _ROTATED_BYTES // (N * K)))
 
     @jax.jit
@@ -183,24 +214,21 @@ def _measure(M: int, N: int, K: int, sms: int) -> dict[Any, float]:
         x_key, w_key = jax.random.split(key)
         x = jax.random.normal(x_key, (rows, K), jnp.bfloat16) * 100
         w = jax.random.normal(w_key, (1, N, K), jnp.bfloat16) * 100
-        return x.astype(FP8), w.astype(FP8)
+        return x if kernel == "w8a16" else x.astype(FP8), w.astype(FP8)
 
     operands = [make(jax.random.key(i)) for i in range(sets)]
-    sx = jnp.full((-(-K // 128), round_up(M, 64)), 1e-2)
+    sx = () if kernel == "w8a16" else (jnp.full((-(-K // 128), round_up(M, 64)), 1e-2),)
     sw = jnp.full((1, -(-N // 128), -(-K // 128)), 1e-2)
     layer = jnp.zeros(1, jnp.int32)
 
     def products(config):
-        def run(operands):
-            args = {"out_dtype": jnp.bfloat16, "config": config, "sms": sms}
-            return [gemm_sm90.gemm(x, sx, w, sw, layer, **args) for x, w in operands]
+        def all_sets(operands):
+            return [run(x, *sx, w, sw, layer, config=config, **args) for x, w in operands]
 
-        return jax.jit(run)
+        return jax.jit(all_sets)
 
-    predicted = {c: gemm_sm90.microseconds(c, M, N, K, sms) for c in gemm_sm90.PREDICTED}
-    least = min(predicted.values())
     times: dict[Any, float] = {}
-    for config in (c for c, us in predicted.items() if us <= _WITHIN * least):
+    for config in configs:
         measure: Any = profiler.Cupti(finalize=False).measure
         _, milliseconds = measure(products(config), iterations=_REPEATS)(operands)
         if not milliseconds:

@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
 from jaxquant.hopper import interpreted
+from jaxquant.matmul import tuning
 from jaxquant.matmul.cluster_sm90 import receive, send
 from jaxquant.matmul.sm90 import (
     K_BLOCK,
@@ -63,25 +64,34 @@ class Config:
 
 
 def default_config(M: int, N: int, K: int, sms: int) -> Config:
-    """The cut whose busiest multiprocessor copies the fewest bytes; `sms`: how many there are.
+    """The tuned cut, or that whose busiest multiprocessor (of `sms`) copies the fewest bytes.
 
     They come from L2, many times over for the tokens, and that is what the kernel waits for.
     """
+    tuned = tuning.lookup("w8a16", M, N, K)
+    if tuned is not None:
+        return Config(**tuned)
     steps = cdiv(K, K_BLOCK)
-    tokens = next((width for width in _TOKENS if M <= width), _TOKENS[-1])
-    # More consumers hide more latency, and have the registers for few tokens.
-    cuts = [Config(128, 128, groups=2), Config(tokens, 256, groups=4 if tokens <= 16 else 2)]
-    # Of the clusters, those of two always fit the multiprocessors.
-    for splits in (1, 2):
-        if steps % splits == 0:
-            turns = math.gcd(steps // splits, 4 if tokens <= 32 else 2)
-            cuts.append(Config(tokens, 64, groups=1, turns=turns, splits=splits))
 
     def busiest(cut: Config) -> int:
         rounds = cdiv(cdiv(M, cut.tile_m) * cdiv(N, cut.tile_n), sms // cut.splits)
         return rounds * (steps // cut.splits) * _step_bytes(cut)
 
-    return min(cuts, key=busiest)
+    return min(cuts(M, N, K), key=busiest)
+
+
+def cuts(M: int, N: int, K: int) -> list[Config]:
+    """What may be the fastest for a product."""
+    steps = cdiv(K, K_BLOCK)
+    tokens = next((width for width in _TOKENS if M <= width), _TOKENS[-1])
+    # More consumers hide more latency, and have the registers for few tokens.
+    found = [Config(128, 128, groups=2), Config(tokens, 256, groups=4 if tokens <= 16 else 2)]
+    # Of the clusters, those of two always fit the multiprocessors.
+    for splits in (1, 2):
+        if steps % splits == 0:
+            turns = math.gcd(steps // splits, 4 if tokens <= 32 else 2)
+            found.append(Config(tokens, 64, groups=1, turns=turns, splits=splits))
+    return found
 
 
 def _step_bytes(config: Config) -> int:

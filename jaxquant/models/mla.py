@@ -195,7 +195,8 @@ def absorbed_attention(
         return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
 
     w_k, w_v = jnp.split(kv_b, [q_nope.shape[-1]], axis=1)
-    q_latent = product("bhd,hdr->bhr", q_nope[:, 0], w_k).astype(dtype)
+    # In this order, since XLA has no product of BF16 the other way round on a CPU.
+    q_latent = product("hdr,bhd->bhr", w_k, q_nope[:, 0]).astype(dtype)
     logits = product("bhr,bsr->bhs", q_latent, latents)
     logits += product("bhd,bsd->bhs", q_rope[:, 0], k_rope)
     mask = jnp.arange(latents.shape[1]) < lengths[:, None]

@@ -1,5 +1,6 @@
 """The tables of tuned configs, and what is said of bad ones."""
 
+import dataclasses
 import json
 import re
 
@@ -7,7 +8,7 @@ import jax
 import pytest
 
 from jaxquant.errors import JaxquantError
-from jaxquant.matmul import gemm_sm90, tuning
+from jaxquant.matmul import decode_sm90, gemm_sm90, tuning, w8a16_sm90
 
 TILE = {"tile_m": 128, "cluster": False, "tile_n": 128}
 
@@ -60,6 +61,29 @@ def test_the_users_table_comes_first(table):
     assert gemm_sm90.default_config(512, 4096, 14336, 132) == gemm_sm90.Config(192, True, 128)
 
 
+@pytest.mark.parametrize(("kernel", "module"), [("decode", decode_sm90), ("w8a16", w8a16_sm90)])
+def test_kernels_of_few_tokens_take_what_was_tuned(table, kernel, module):
+    default = module.default_config(16, 4096, 4096, 132)
+    other = next(cut for cut in module.cuts(16, 4096, 4096) if cut != default)
+    table({"NVIDIA H200": {kernel: {"16x4096x4096": dataclasses.asdict(other)}}})
+    assert module.default_config(16, 4096, 4096, 132) == other
+    assert module.default_config(17, 4096, 4096, 132) != other
+
+
+@pytest.mark.parametrize("module", [decode_sm90, w8a16_sm90])
+@pytest.mark.parametrize(("M", "N", "K"), [(5, 4096, 14336), (64, 28672, 4096), (100, 2112, 7168)])
+def test_the_default_is_one_of_the_cuts(module, M, N, K):
+    assert module.default_config(M, N, K, 132) in module.cuts(M, N, K)
+
+
+@pytest.mark.parametrize(
+    ("M", "weight_only", "kernel"),
+    [(1, False, None), (16, False, "decode"), (512, False, "gemm"), (1, True, "w8a16")],
+)
+def test_the_kernel_that_is_tuned_is_the_one_that_runs(M, weight_only, kernel):
+    assert tuning._kernel(M, 4096, 4096, 132, weight_only) == kernel
+
+
 def test_the_users_table_is_in_the_cache_unless_named(monkeypatch, tmp_path):
     monkeypatch.delenv("JAXQUANT_TUNED", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -72,7 +96,7 @@ def test_the_users_table_is_in_the_cache_unless_named(monkeypatch, tmp_path):
         ("{", "not JSON (Expecting property name enclosed in double quotes"),
         ("[]", "[]; allowed: an object keyed by device kind"),
         ({"H200": 3}, "H200: 3; allowed: an object keyed by kernel"),
-        ({"H200": {"gem": {}}}, "H200/gem: 'gem'; allowed: gemm"),
+        ({"H200": {"gem": {}}}, "H200/gem: 'gem'; allowed: gemm, decode, w8a16"),
         ({"H200": {"gemm": {"512": TILE}}}, "H200/gemm/512: '512'; allowed: MxNxK"),
         (
             {"H200": {"gemm": {"8x8x32": {"tile_m": 64}}}},
@@ -85,6 +109,11 @@ def test_the_users_table_is_in_the_cache_unless_named(monkeypatch, tmp_path):
         (
             {"H200": {"gemm": {"8x8x32": TILE | {"tile_n": 200}}}},
             "H200/gemm/8x8x32: tile 128x200; allowed: 64x128, ",
+        ),
+        (
+            {"H200": {"decode": {"8x8x640": dataclasses.asdict(decode_sm90.Config(64, splits=2))}}},
+            "H200/decode/8x8x640: {'tile_n': 64, 'splits': 2}; allowed: "
+            '{"tile_n": 64, "splits": 1}, {"tile_n": 128, "splits": 1}',
         ),
     ],
 )
@@ -107,7 +136,8 @@ def test_tuning_adds_to_the_users_table(table, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [H200])
     monkeypatch.setattr(tuning, "_measure", lambda *_: {fast: 1.0, slow: 2.0})
     path = table({"NVIDIA H200": {"gemm": {"8x8x32": TILE}}})
-    assert tuning.tune([(1000, 64, 96)]) == {(1000, 64, 96): {fast: 1.0, slow: 2.0}}
+    shapes = [(1, 64, 1024), (1000, 64, 96)]  # the first has one config
+    assert tuning.tune(shapes) == {(1000, 64, 96): {fast: 1.0, slow: 2.0}}
     assert tuning.lookup("gemm", 1024, 64, 96) == {"tile_m": 256, "cluster": True, "tile_n": 128}
     assert json.loads(path.read_text())["NVIDIA H200"]["gemm"]["8x8x32"] == TILE
     assert [p.name for p in path.parent.iterdir()] == ["tuned.json"]

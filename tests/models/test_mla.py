@@ -45,6 +45,16 @@ def test_both_forms_are_attention_by_hand():
     assert np.allclose(absorbed[:, 0], want, atol=1e-5)
 
 
+def test_the_absorbed_form_in_bfloat16():
+    q_nope, q_rope, kv_b = normal(B, 1, H, DN), normal(B, 1, H, DR), normal(H, DN + DV, R) * 0.2
+    args = q_nope, q_rope, normal(B, T, R), normal(B, T, DR), kv_b
+    rounded = [x.astype(jnp.bfloat16) for x in args]
+    attend = jax.jit(lambda *args: absorbed_attention(*args, jnp.full(B, T), SCALE))
+    got, want = attend(*rounded), by_hand(*(np.asarray(x, np.float32) for x in rounded))
+    assert got.dtype == jnp.bfloat16
+    assert np.linalg.norm(got[:, 0] - want) < 0.01 * np.linalg.norm(want)
+
+
 def test_values_wider_than_keys():
     wide = DN + DR + 12
     q_nope, q_rope, kv = normal(B, T, H, DN), normal(B, T, H, DR), normal(B, T, H, DN + wide)

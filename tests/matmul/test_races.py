@@ -1,0 +1,73 @@
+"""No two threads of a Hopper kernel race, as far as Pallas's interpreter sees.
+
+It knows of copies, barriers and SMEM; each of several thread blocks goes through several tiles and
+rounds of its ring. Two writes are a race to it even if they write the same, as those of tiles that
+overlap do, so shapes are such that none overlap. The prefill kernel's tiles are in `test_gemm.py`.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from numpy_reference import BF16, make_weight, normal
+
+from jaxquant import blocked
+from jaxquant.config import QuantConfig
+from jaxquant.matmul import RMSNorm, SiluMul, mosaic_gpu
+from jaxquant.matmul.act_quant_sm90 import quantize, quantize_few
+from jaxquant.matmul.api import matmul
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    """A CPU that stands in for a Hopper GPU, and looks for races."""
+    monkeypatch.setattr(mosaic_gpu, "multiprocessors", lambda x, what: 2)
+    params = plgpu.InterpretGPUParams(
+        detect_races=True, out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
+    )
+    with plgpu.force_gpu_interpret_mode(params):
+        yield
+
+
+def random(*shape):
+    return jnp.asarray(make_weight(normal, shape, BF16, 1))
+
+
+def assert_no_races():
+    assert not gpu_callbacks.get_races().races_found
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "scheme"),
+    [
+        (1, 256, 4096, "dynamic"),
+        (2, 256, 4096, "dynamic"),
+        (13, 256, 640, "dynamic"),
+        (80, 256, 640, "dynamic"),
+        # What follows a tile's last block is read ahead too, and dropped: a tile for each.
+        (1, 128, 2560, None),
+        (13, 128, 2560, None),
+        (80, 128, 1280, None),
+    ],
+)
+def test_products(M, N, K, scheme):
+    config = QuantConfig(activation_scheme=scheme)
+    w = blocked.quantize(jnp.asarray(make_weight(normal, (2, N, K), BF16, 0)), config)
+    x, residual = random(M, K), random(M, N)
+    args = {"layer": 1, "prologue": RMSNorm(random(2, K), 1e-5), "residual": residual}
+    y = matmul(x, w, implementation="mosaic_gpu", **args)
+    expected = matmul(x, w, implementation="xla", **args)
+    assert np.linalg.norm(y - expected) < 1e-2 * np.linalg.norm(expected)
+    assert_no_races()
+
+
+@pytest.mark.parametrize("name", ["none", "rms_norm", "silu_mul"])
+@pytest.mark.parametrize(
+    ("M", "K", "few"), [(2, 2048, True), (24, 1024, False), (24, 416, False), (136, 256, False)]
+)
+def test_quantization_of_activations(M, K, few, name):
+    prologue = {"none": None, "rms_norm": RMSNorm(random(2, K), 1e-5), "silu_mul": SiluMul()}[name]
+    x = random(M, 2 * K if name == "silu_mul" else K)
+    (quantize_few if few else quantize)(prologue, x, jnp.ones(1, jnp.int32), K, M)
+    assert_no_races()
