@@ -1,8 +1,9 @@
 """Decode on Hopper: a few tokens by a blocked FP8 weight, bound by reading the weight.
 
 The operands change places: wgmma's 64-row side runs over the weight's rows and its other side
-over the tokens, so that no row of the tensor cores idles. K is split among thread blocks where
-the weight has too few rows to keep them all reading.
+over the tokens, so that no row of the tensor cores idles. K is split among the thread blocks of a
+cluster where the weight has too few rows to keep all multiprocessors reading; the first of them
+adds up the parts.
 """
 
 import dataclasses
@@ -15,7 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
+from jaxquant.hopper import interpreted
 from jaxquant.matmul import tuning
+from jaxquant.matmul.cluster_sm90 import receive, send
 from jaxquant.matmul.sm90 import (
     FP8,
     K_BLOCK,
@@ -25,8 +28,6 @@ from jaxquant.matmul.sm90 import (
     fill_ring,
     for_each_tile,
     in_stack,
-    multiply,
-    next_slot,
     producer_registers,
     ring_stages,
     round_up,
@@ -36,6 +37,10 @@ from jaxquant.matmul.sm90 import (
 
 _TOKENS = (8, 16, 32, 64, 96, 128)
 _MAX_STAGES = 12
+# K blocks of a tile from which on a second consumer pays.
+_LONG = 56
+# And those of a consumer from which on it is worth to have two products in flight.
+_MIN_PAIRED = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +48,20 @@ class Config:
     """How the work is cut.
 
     Attributes:
-      tile_n: rows of the weight in a tile: 64 (one consumer) or 128 (two).
-      splits: parts that K is cut into; divides ceil(K / 128).
+      tile_n: rows of the weight in a tile: 64 or 128.
+      turns: consumers that share a tile's K blocks.
+      splits: thread blocks, a cluster, that share a tile's K blocks. The product with
+        `turns` divides ceil(K / 128).
     """
 
     tile_n: int
-    splits: int
+    turns: int = 1
+    splits: int = 1
+
+    @property
+    def groups(self) -> int:
+        """Consumers that share a tile's rows."""
+        return self.tile_n // 64
 
 
 def takes(M: int, N: int, sms: int) -> bool:
@@ -68,20 +81,54 @@ def default_config(M: int, N: int, K: int, sms: int) -> Config:
         return Config(**tuned)
     steps = cdiv(K, K_BLOCK)
     tile_n = 64 if M <= 64 and cdiv(N, 64) <= sms else 128
-    fitting = (s for s in (8, 4, 2) if cdiv(N, tile_n) * s <= sms and _can_split(steps, s))
-    return Config(tile_n, next(fitting, 1))
+    tiles = cdiv(N, tile_n)
+    fitting = (s for s in (4, 2) if _fits(tiles, s, sms) and _can_split(steps, s))
+    splits = next(fitting, 1)
+    long = tile_n == 64 and steps // splits >= _LONG and steps // splits % 2 == 0
+    return Config(tile_n, 2 if long else 1, splits)
+
+
+def _fits(tiles: int, splits: int, sms: int) -> bool:
+    # Clusters of more than two leave some multiprocessors without one.
+    return tiles * splits <= (sms if splits == 2 else sms * 3 // 4)
 
 
 def cuts(M: int, N: int, K: int) -> list[Config]:
     """What may be the fastest: whatever the kernel takes, for a product of a few tokens."""
     steps = cdiv(K, K_BLOCK)
-    splits = [s for s in (1, 2, 4, 8) if s == 1 or _can_split(steps, s)]
-    return [Config(tile_n, splits=s) for tile_n in (64, 128) for s in splits]
+    return [
+        Config(tile_n, turns, splits)
+        for tile_n, turns in ((64, 1), (64, 2), (128, 1))
+        for splits in (1, 2, 4)
+        if (splits == 1 or _can_split(steps, splits)) and steps // splits % turns == 0
+    ]
 
 
 def _can_split(steps: int, splits: int) -> bool:
     # A short part has no time to fill the ring.
     return steps % splits == 0 and steps // splits >= 4
+
+
+def _wrap(slot: Any, stages: int) -> Any:
+    """A slot of the ring that is counted on past its end."""
+    return jnp.where(slot >= stages, slot - stages, slot)
+
+
+def adds_residual(M: int, N: int, out_dtype: Any, config: Config) -> bool:
+    """Whether `decode` can add a residual: one that TMA reads as it writes the result."""
+    return (M < 8 or M % 8 == 0) and _is_direct(N, out_dtype, config)
+
+
+def _parts(config: Config) -> int:
+    """Results that XLA adds up: the interpreter knows no SMEM of other thread blocks."""
+    return config.splits if interpreted() else 1
+
+
+def _is_direct(N: int, out_dtype: Any, config: Config) -> bool:
+    # The store that transposes, and so makes y itself, is there for whole tiles of 16-bit values,
+    # and would ignore the column of a second tile where y has one only.
+    whole = N % 64 == 0 and N >= config.tile_n
+    return _parts(config) == 1 and jnp.dtype(out_dtype).itemsize == 2 and whole
 
 
 def decode(
@@ -90,6 +137,7 @@ def decode(
     wq: Float[Array, "L N K"],
     sw: Float32[Array, "L (N+127)//128 (K+127)//128"],
     layer: Int32[Array, "1"],
+    residual: Float[Array, "M N"] | None = None,
     *,
     M: int,
     out_dtype: Any,
@@ -98,12 +146,15 @@ def decode(
 ) -> Float[Array, "M N"]:
     """`y[m, n] = sum_kb (xq[m, kb] . wq[layer, n, kb]) * sx[kb, m] * sw[layer, n // 128, kb]`.
 
+    With a residual `y + residual`, y rounded first: `jaxquant.matmul.xla.finish`.
+
     Args:
       xq: float8_e4m3fn, `padded_tokens(M)` rows; K a multiple of 32.
       sx: the scales of xq, transposed; S a multiple of 64.
       wq: float8_e4m3fn, read in place; N a multiple of 8.
       sw: the scales of wq.
       layer: which matrix of the stack.
+      residual: of out_dtype, see `adds_residual`.
       M: tokens, at most 128.
       out_dtype: bfloat16 or float32.
       config: see `default_config`.
@@ -114,25 +165,30 @@ def decode(
     """
     (tokens, K), N = xq.shape, wq.shape[1]
     out_dtype = jnp.dtype(out_dtype)
-    splits, tile_n = config.splits, config.tile_n
+    tile_n, groups, turns, splits = config.tile_n, config.groups, config.turns, config.splits
     steps = cdiv(K, K_BLOCK) // splits
-    consumers = tile_n // 64
+    consumers = groups * turns
     n_tiles = cdiv(N, tile_n)
-    slot_bytes = (tile_n + tokens) * K_BLOCK + sx.shape[1] * 4
-    stages = ring_stages(slot_bytes, tile_n * tokens * 4, steps, _MAX_STAGES)
-    # The store that transposes, and so makes y itself, is there for whole tiles of 16-bit values,
-    # and would ignore the column of a second tile where y has one only.
-    direct = splits == 1 and out_dtype.itemsize == 2 and N % 64 == 0 and N >= tile_n
+    parts = _parts(config)
+    senders = turns if parts > 1 else splits * turns
+    direct = _is_direct(N, out_dtype, config)
 
-    def kernel(x_gmem, sx_gmem, w_gmem, sw_gmem, layer_gmem, y_gmem, *scratch):
-        x_smem, w_smem, sx_smem, y_smem, full, empty = scratch
+    slot_bytes = (tile_n + tokens) * K_BLOCK + sx.shape[1] * 4
+    sums_bytes = senders * groups * 64 * tokens * 4
+    blocks = min(sms // splits, n_tiles)
+    stages = ring_stages(slot_bytes, sums_bytes, steps * cdiv(n_tiles, blocks), _MAX_STAGES)
+    stages = max(stages // turns, 1) * turns
+    # Two products in flight, which short tiles do not repay.
+    own = steps // turns
+    at_once = 2 if own >= _MIN_PAIRED and own % 2 == 0 and stages > 2 * turns else 1
+    residuals = [] if residual is None else [residual]
+
+    def kernel(x_gmem, sx_gmem, w_gmem, sw_gmem, layer_gmem, *refs):
+        *residual_gmem, y_gmem, x_smem, w_smem, sx_smem, y_smem, sums_smem = refs[:-4]
+        full, empty, landed, together = refs[-4:]
         warpgroup = lax.axis_index("warpgroup")
         l = in_stack(layer_gmem[0], wq.shape[0])
-
-        def origin(tile):
-            """The first row of the weight and the first K block of a tile."""
-            # Neighbours read different parts of K of the same rows.
-            return lax.div(tile, splits) * tile_n, lax.rem(tile, splits) * steps
+        part = lax.axis_index("cluster") if splits > 1 else 0
 
         @pl.when(warpgroup == consumers)
         def _producer():
@@ -140,76 +196,150 @@ def decode(
                 producer_registers()
 
             def copy(tile, step, slot):
-                n0, kb0 = origin(tile)
-                kb = kb0 + step
-                block = pl.ds(kb * K_BLOCK, K_BLOCK)
-                plgpu.copy_gmem_to_smem(
-                    w_gmem.at[l, pl.ds(n0, tile_n), block], w_smem.at[slot], full.at[slot]
-                )
+                kb = part * steps + step
+                rows, block = pl.ds(tile * tile_n, tile_n), pl.ds(kb * K_BLOCK, K_BLOCK)
+                plgpu.copy_gmem_to_smem(w_gmem.at[l, rows, block], w_smem.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(x_gmem.at[:, block], x_smem.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(sx_gmem.at[kb], sx_smem.at[slot], full.at[slot])
 
-            fill_ring(n_tiles * splits, steps, stages, empty, copy)
+            fill_ring(n_tiles, steps, stages, empty, copy)
 
         @pl.when(warpgroup < consumers)
         def _consumer():
             if consumers > 1:
                 consumer_registers(consumers)
-            n_offset = warpgroup * 64
+            group, turn = lax.rem(warpgroup, groups), lax.div(warpgroup, groups)
+            n_offset = group * 64
+            sender = turn if parts > 1 else part * turns + turn
 
-            def main_loop(scale_row, kb0, slot):
-                """Adds up this part of K. The weight's scale is loaded one step ahead."""
+            def load_scale(n0, kb):
+                return sw_gmem[l, lax.div(n0, SCALE_ROWS), jnp.minimum(kb, sw.shape[2] - 1)]
 
-                def add_block(step, carry):
-                    slot, w_scale, total = carry
-                    w_scale_next = sw_gmem[l, scale_row, kb0 + jnp.minimum(step + 1, steps - 1)]
-                    plgpu.barrier_wait(full.at[slot])
+            def main_loop(n0, slot):
+                """Adds up this consumer's K blocks. A weight's scale is loaded one ahead."""
+                kb0 = part * steps + turn
+
+                def add_blocks(i, carry):
+                    slot, w_scales, total = carry
+                    kb = kb0 + i * at_once * turns
+                    slots = [_wrap(slot + j * turns, stages) for j in range(at_once)]
+                    w_scales_next = [
+                        load_scale(n0, kb + (at_once + j) * turns) for j in range(at_once)
+                    ]
+
+                    def run(*accumulators):
+                        for at, accumulator in zip(slots, accumulators, strict=True):
+                            plgpu.barrier_wait(full.at[at])
+                            rows = w_smem.at[at, pl.ds(n_offset, 64)]
+                            plgpu.wgmma(accumulator, rows, x_smem.at[at].T)
+                        # Made while the tensor cores are at work.
+                        scales = [scale_of(*of) for of in zip(slots, w_scales, strict=True)]
+                        return [accumulator[...] for accumulator in accumulators], scales
+
+                    kind = plgpu.ACC((64, tokens), jnp.float32)
+                    products, scales = pl.run_scoped(run, *[kind] * at_once)
+                    for at, block, scale in zip(slots, products, scales, strict=True):
+                        plgpu.barrier_arrive(empty.at[at])
+                        total += block * scale
+                    return _wrap(slots[-1] + turns, stages), w_scales_next, total
+
+                def scale_of(slot, w_scale):
                     x_scale = plgpu.load(
                         sx_smem.at[slot, pl.ds(0, tokens)], layout=plgpu.Layout.WGMMA.reduce(0)
                     )
-                    block = multiply(w_smem.at[slot, pl.ds(n_offset, 64)], x_smem.at[slot])
-                    plgpu.barrier_arrive(empty.at[slot])
-                    scale = lax.broadcast_in_dim(x_scale * w_scale, block.shape, [1])
-                    return next_slot(slot, stages), w_scale_next, total + block * scale
+                    return lax.broadcast_in_dim(x_scale * w_scale, (64, tokens), [1])
 
-                init = (slot, sw_gmem[l, scale_row, kb0], zero_accumulator(64, tokens))
-                slot, _, total = lax.fori_loop(0, steps, add_block, init)
+                w_scales = [load_scale(n0, kb0 + j * turns) for j in range(at_once)]
+                init = slot, w_scales, zero_accumulator(64, tokens)
+                slot, _, total = lax.fori_loop(0, own // at_once, add_blocks, init)
                 return slot, total
 
-            def epilogue(total, n0, part):
-                """Registers to SMEM to GMEM; TMA drops what lies outside the result."""
+            def fetch_residual(n0):
+                """Puts a tile's residual where its results will be, once those before left."""
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 rows = pl.ds(n0 + n_offset, 64)
-                if direct:
-                    y = plgpu.layout_cast(total.astype(out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-                    y_smem.at[warpgroup].T[...] = y
-                    # Not `:`, since y may have fewer rows. Pallas would refuse a static slice.
-                    target = y_gmem.at[pl.ds(lax.mul(part, 0), tokens), rows]
-                else:
-                    y_smem[warpgroup] = total
-                    target = y_gmem.at[part, rows, :]
+                plgpu.copy_gmem_to_smem(
+                    residual_gmem[0].at[pl.ds(lax.mul(n0, 0), tokens), rows],
+                    y_smem.at[group],
+                    landed.at[group],
+                )
+
+            def wait_for_all():
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(y_smem.at[warpgroup], target)
+                plgpu.barrier_arrive(together)
+                plgpu.barrier_wait(together)
+
+            def epilogue(total, n0):
+                """Registers to SMEM to GMEM; TMA drops what lies outside the result."""
+                for i in range(senders - 1):
+                    total += receive(sums_smem.at[i, group])
+                rows = pl.ds(n0 + n_offset, 64)
+                if direct:
+                    y = total.astype(out_dtype)
+                    y = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
+                    if residuals:
+                        plgpu.barrier_wait(landed.at[group])
+                        added = plgpu.load(y_smem.at[group].T, layout=plgpu.Layout.WGMMA_TRANSPOSED)
+                        y = (y.astype(jnp.float32) + added.astype(jnp.float32)).astype(out_dtype)
+                    else:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    y_smem.at[group].T[...] = y
+                    # Not `:`, since y may have fewer rows. Pallas would refuse a static slice.
+                    target = y_gmem.at[pl.ds(lax.mul(n0, 0), tokens), rows]
+                else:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    y_smem[group] = total
+                    target = y_gmem.at[part if parts > 1 else lax.mul(n0, 0), rows, :]
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(y_smem.at[group], target)
 
             def do_tile(tile, slot):
-                n0, kb0 = origin(tile)
-                slot, total = main_loop(lax.div(n0, SCALE_ROWS), kb0, slot)
-                epilogue(total, n0, lax.rem(tile, splits))
+                n0 = tile * tile_n
+                if residuals:
+
+                    @pl.when(sender == 0)
+                    def _fetch():
+                        fetch_residual(n0)
+
+                slot, total = main_loop(n0, slot)
+                if senders == 1:
+                    epilogue(total, n0)
+                    return slot
+
+                @pl.when(sender > 0)
+                def _send():
+                    send(total, sums_smem.at[sender - 1, group])
+
+                wait_for_all()
+
+                @pl.when(sender == 0)
+                def _sum():
+                    epilogue(total, n0)
+
+                if n_tiles > blocks:  # what was sent is read before the next is
+                    wait_for_all()
                 return slot
 
-            for_each_tile(n_tiles * splits, jnp.int32(0), do_tile)
-            plgpu.wait_smem_to_gmem(0)
+            for_each_tile(n_tiles, jnp.int32(0) + turn, do_tile)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
+    if splits > 1:
+        cluster: dict[str, Any] = {"cluster": (splits,), "cluster_names": ("cluster",)}
+        together = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=consumers)
+    else:
+        cluster = {}
+        together = plgpu.Barrier(num_arrivals=consumers)
     if direct:
         # TMA stores whole tiles of 8 rows, or fewer than 8.
         y_rows = M if M < 8 else round_up(M, 8)
         out_type = jax.ShapeDtypeStruct((y_rows, N), out_dtype)
-        y_smem = plgpu.SMEM((consumers, tokens, 64), out_dtype, transforms=swizzled(N, out_dtype))
+        y_tiling = swizzled(N, out_dtype)
+        y_smem = plgpu.SMEM((groups, tokens, 64), out_dtype, transforms=y_tiling)
     else:
         # Whole tiles, since these copies are linear: they do not stop where a part ends.
-        parts = (splits, round_up(N, tile_n), tokens)
-        out_type = jax.ShapeDtypeStruct(parts, jnp.float32)
-        y_smem = plgpu.SMEM((consumers, 64, tokens), jnp.float32)
+        out_type = jax.ShapeDtypeStruct((parts, round_up(N, tile_n), tokens), jnp.float32)
+        y_smem = plgpu.SMEM((groups, 64, tokens), jnp.float32)
+    sums_shape = (senders - 1, groups, 64, tokens) if senders > 1 else (8,)
     y = plgpu.kernel(
         kernel,
         out_type=out_type,
@@ -218,16 +348,20 @@ def decode(
             plgpu.SMEM((stages, tile_n, K_BLOCK), FP8, transforms=swizzled(K, FP8)),
             plgpu.SMEM((stages, sx.shape[1]), jnp.float32),
             y_smem,
+            plgpu.SMEM(sums_shape, jnp.float32),
             plgpu.Barrier(num_arrivals=3, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+            plgpu.Barrier(num_barriers=groups),
+            together,
         ],
-        grid=(min(sms, n_tiles * splits),),
+        grid=(blocks,),
         grid_names=("sm",),
         num_threads=consumers + 1,
         thread_name="warpgroup",
         kernel_name="jaxquant_decode_fp8",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-    )(xq, sx, wq, sw, layer)
+        **cluster,
+    )(xq, sx, wq, sw, layer, *residuals)
     if not direct:
         y = y[:, :N].sum(0).T.astype(out_dtype)
     return y[:M]

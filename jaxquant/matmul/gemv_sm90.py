@@ -45,7 +45,7 @@ from jaxquant.matmul.sm90 import (
 
 # What every consumer quantizes for itself alone pays while it takes less time than the ring.
 _MAX_VALUES = 16384
-_MAX_TOKENS = 4
+_MAX_TOKENS = 2
 # wgmma's 64 rows; a tile that has fewer leaves the rest of the result unused.
 _WGMMA_ROWS = 64
 # K blocks in a slot: fewer barriers, and two products in flight.
@@ -54,6 +54,8 @@ _SLOT = _SLOT_BLOCKS * K_BLOCK
 _CONSUMERS = (4, 3, 2, 1)
 # Of the multiprocessors, how many saturate the memory.
 _FEW_BLOCKS = 0.48
+# What a tile costs besides its rows, in rows.
+_TILE_ROWS = 4
 # A barrier's phases are the bits of an int32.
 _MAX_STAGES = 32
 
@@ -87,7 +89,7 @@ def default_config(N: int, K: int, sms: int) -> Config:
     """
 
     def busiest(rows: int) -> int:
-        return cdiv(cdiv(N, rows), sms) * rows
+        return cdiv(cdiv(N, rows), sms) * (rows + _TILE_ROWS)
 
     consumers = next(c for c in _CONSUMERS if K // _SLOT % c == 0)
     if _FEW_BLOCKS * sms <= cdiv(N, _WGMMA_ROWS) <= sms:

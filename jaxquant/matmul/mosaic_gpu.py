@@ -175,8 +175,11 @@ def _run(
     xq, sx = quantize(prologue, x, layer, K, rows)
     if decodes:
         config = decode_sm90.default_config(M, N, K, sms)
+        added = None
+        if bias is None and decode_sm90.adds_residual(M, N, out_dtype, config):
+            added, residual = residual, None
         y = decode_sm90.decode(
-            xq, sx, qvalue, scale, layer, M=M, out_dtype=out_dtype, config=config, sms=sms
+            xq, sx, qvalue, scale, layer, added, M=M, out_dtype=out_dtype, config=config, sms=sms
         )
     else:
         config = gemm_sm90.default_config(M, N, K, sms)

@@ -121,12 +121,29 @@ def test_every_tile_of_the_prefill_kernel(hopper, tile_m, cluster, M):
     assert_close(y, expected)
 
 
-@pytest.mark.parametrize(("tile_n", "splits"), [(64, 3), (128, 1)])
-def test_every_cut_of_the_decode_kernel(hopper, tile_n, splits):
-    args, expected = operands(5, 136, 384, 8)
-    config = decode_sm90.Config(tile_n, splits)
+@pytest.mark.parametrize(
+    ("N", "tile_n", "turns", "splits"),
+    [
+        (136, 64, 1, 2),
+        (136, 128, 1, 1),
+        (128, 64, 3, 1),
+        (136, 128, 3, 2),
+    ],
+)
+def test_every_cut_of_the_decode_kernel(hopper, N, tile_n, turns, splits):
+    args, expected = operands(5, N, 768, 8)
+    config = decode_sm90.Config(tile_n, turns, splits)
     y = decode_sm90.decode(*args, M=5, out_dtype=BF16, config=config, sms=SMS)
     assert_close(y, expected)
+
+
+@pytest.mark.parametrize(("M", "N", "tile_n", "turns"), [(5, 64, 64, 1), (16, 192, 128, 3)])
+def test_a_residual_is_added_in_the_decode_kernel(hopper, M, N, tile_n, turns):
+    args, expected = operands(M, N, 384, decode_sm90.padded_tokens(M))
+    residual, config = tokens((M, N)), decode_sm90.Config(tile_n, turns)
+    assert decode_sm90.adds_residual(M, N, BF16, config)
+    y = decode_sm90.decode(*args, residual=residual, M=M, out_dtype=BF16, config=config, sms=SMS)
+    assert_close(y, expected + np.asarray(residual, np.float64))
 
 
 # One kernel for K in no whole groups, one for few tokens, one for many.
@@ -223,6 +240,20 @@ def test_scales_of_a_token_side_by_side(hopper, name):
     assert_quantized(qvalue, scale.reshape(2, -1), x if prologue is None else prologue(x, 2))
 
 
+@pytest.mark.parametrize(
+    ("M", "N", "K", "config"),
+    [
+        (16, 4096, 4096, (64, 1, 2)),
+        (16, 4096, 14336, (64, 2, 2)),
+        (64, 6144, 4096, (64, 1, 1)),
+        (16, 28672, 4096, (128, 1, 1)),
+        (16, 2112, 7168, (64, 1, 2)),  # 33 clusters of four leave one for a second round
+    ],
+)
+def test_how_few_tokens_are_cut_for_132_multiprocessors(M, N, K, config):
+    assert dataclasses.astuple(decode_sm90.default_config(M, N, K, 132)) == config
+
+
 def assert_quantized(qvalue: Any, scale: Any, x: jax.Array) -> None:
     """To the byte, but for values that differ before they are rounded, in a norm or an exp."""
     expected_qvalue, expected_scale = numpy_reference.quantize_activations(np.asarray(x))
@@ -303,6 +334,7 @@ def test_vmap_over_what_stands_around(hopper):
         (28672, 4096, (56, 4)),
         (1536, 1536, (16, 3)),
         (8, 1280, (8, 1)),
+        (128256, 4096, (56, 4)),  # not many small tiles, though these would be the most even
     ],
 )
 def test_how_one_token_is_cut_for_132_multiprocessors(N, K, config):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from jaxquant.models import decoder
 from jaxquant.models.hf_config import HFConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llama"
@@ -73,6 +74,16 @@ def test_prefill_and_decode_equal_the_full_forward(golden):
         logits, cache = module.decode(jnp.asarray(tokens[np.arange(2), at]), cache)
         assert relative(logits, full[np.arange(2), at]) < TOLERANCE
     assert np.array_equal(cache.lengths, lengths + 4)
+
+
+def test_a_decode_step_with_unrolled_layers_is_the_same(golden, monkeypatch):
+    module, lengths = golden("mistral").module, jnp.zeros(2, jnp.int32)
+
+    def logits(unrolled):
+        monkeypatch.setattr(decoder, "_unrolled", lambda: unrolled)
+        return module.decode(lengths, module.empty_cache(2, 32))[0]
+
+    assert np.array_equal(logits(4), logits(1))
 
 
 def test_a_batch_of_unequal_prompts_equals_each_alone(golden):
