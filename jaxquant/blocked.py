@@ -50,12 +50,8 @@ def quantize(
     config = config or QuantConfig()
     check_quantizable(w)
     w = jnp.asarray(w)  # numpy's float64 becomes float32
-    qvalue, scale = _quantize(
-        w,
-        config.weight_block_size,
-        config.fmt_dtype,
-        WEIGHT_AMAX_FLOOR,
-        config.scale_fmt,
+    qvalue, scale = _quantize_weight(
+        w, config.weight_block_size, config.fmt_dtype, config.scale_fmt
     )
     return QuantizedArray(
         qvalue,
@@ -78,7 +74,7 @@ def quantize_activations(
       qvalue `[..., K]` float8_e4m3fn and scale `[..., ceil(K / 128)]` float32, with
       `scale = max(amax, 1e-10) / 448`.
     """
-    qvalue, scale = _quantize(
+    qvalue, scale = quantize_by_xla(
         x[..., None, :],
         (1, ACTIVATION_GROUP),
         jnp.dtype(jnp.float8_e4m3fn),
@@ -129,14 +125,35 @@ def check_finite(qa: QuantizedArray, name: str) -> None:
         )
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _quantize_weight(
+    w: Array, block_size: tuple[int, int], dtype: np.dtype, scale_fmt: str | None
+) -> tuple[Array, Array]:
+    from jaxquant.matmul import weight_quant  # which stands above this module
+
+    try:
+        return weight_quant.quantize(w, block_size, dtype, scale_fmt)
+    except NotImplementedError:
+        return quantize_by_xla(w, block_size, dtype, WEIGHT_AMAX_FLOOR, scale_fmt)
+
+
+@_quantize_weight.defjvp
+def _jvp_by_xla(block_size, dtype, scale_fmt, primals, tangents):
+    def run(w):
+        return quantize_by_xla(w, block_size, dtype, WEIGHT_AMAX_FLOOR, scale_fmt)
+
+    return jax.jvp(run, primals, tangents)
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _quantize(
+def quantize_by_xla(
     w: Shaped[Array, "*lead out in"],
     block_size: tuple[int, int],
     dtype: np.dtype,
     amax_floor: float,
     scale_fmt: str | None,
 ) -> tuple[Array, Array]:
+    """(qvalue, scale) as the module defines them, on any device."""
     fmax = float(jnp.finfo(dtype).max)
     w = w.astype(jnp.float32)
     amax = jnp.maximum(_block_amax(w, block_size), jnp.float32(amax_floor))

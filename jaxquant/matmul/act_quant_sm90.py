@@ -162,8 +162,8 @@ def quantize_many(
                 return v
             columns = pl.ds((first + i * copied + j) * ACTIVATION_GROUP, ACTIVATION_GROUP)
             at = weight_gmem[0].at[l, columns]
-            weight = plgpu.load(at, layout=GROUPS.reduce(0), optimized=False).astype(jnp.float32)
-            return _normalize(v, inverse, lax.broadcast_in_dim(weight, v.shape, [1]), dtype)
+            weight = plgpu.load(at, layout=GROUPS.reduce(0), optimized=False)
+            return _normalize(v, inverse, lax.broadcast_in_dim(weight, v.shape, [1]))
 
         @pl.loop(0, copies)
         def _quantize(i):
@@ -249,7 +249,7 @@ def quantize_few(
         def normalized(norm):
             x_gmem, weight_gmem = x_refs
             weights = in_stack(layer_gmem[0], weight_gmem.shape[0] // steps) * steps
-            values = [_load_groups(x_gmem, m * steps + first) for first in firsts]
+            values = [_load_groups(x_gmem, m * steps + f).astype(jnp.float32) for f in firsts]
             scales = [_load_groups(weight_gmem, weights + first) for first in firsts]
             squares = [
                 _square_from(v, (tile + i) * TILE_GROUPS - first, overlap)
@@ -261,10 +261,7 @@ def quantize_few(
             plgpu.barrier_wait(summed)
             parts = [_from(sums.at[w]) for w in range(warpgroups)]
             inverse = lax.rsqrt(jnp.sum(functools.reduce(jnp.add, parts)) / K + norm.eps)
-            return [
-                _normalize(v, inverse, scale, dtype)
-                for v, scale in zip(values, scales, strict=True)
-            ]
+            return [_normalize(v, inverse, scale) for v, scale in zip(values, scales, strict=True)]
 
         if norm:
             values = normalized(norm)
@@ -298,6 +295,65 @@ def quantize_few(
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
         kernel_name="jaxquant_quantize_few",
     )(*groups_of(x, prologue), layer)
+    return qvalue.reshape(rows, K), scale
+
+
+def quantize_persistent(norm, x, layer, K, rows, scale_rows, *, warpgroups, blocks):
+    M, dtype, steps = x.shape[0], x.dtype, K // ACTIVATION_GROUP
+    tiles = cdiv(steps, TILE_GROUPS)
+    warpgroups = min(warpgroups, tiles)
+    own = cdiv(tiles, warpgroups)
+    overlap = warpgroups * own * TILE_GROUPS != steps
+
+    def kernel(x_gmem, weight_gmem, layer_gmem, q_gmem, s_gmem, sums, summed):
+        warpgroup = lax.axis_index("warpgroup")
+        tile = warpgroup * own
+        firsts = [jnp.minimum((tile + i) * TILE_GROUPS, steps - TILE_GROUPS) for i in range(own)]
+        weights = in_stack(layer_gmem[0], weight_gmem.shape[0] // steps) * steps
+        scales = [_load_groups(weight_gmem, weights + first) for first in firsts]
+
+        def load(m):
+            return tuple(_load_groups(x_gmem, m * steps + f) for f in firsts)
+
+        def token(info, carry):
+            (m,), (turn, *values) = info.index, carry
+            following = load(jnp.minimum(m + blocks, M - 1))
+            values = [v.astype(jnp.float32) for v in values]
+            squares = [
+                _square_from(v, (tile + i) * TILE_GROUPS - first, overlap)
+                for i, (v, first) in enumerate(zip(values, firsts, strict=True))
+            ]
+            sums[turn, warpgroup] = jnp.sum(functools.reduce(jnp.add, squares), axis=1)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(summed)
+            plgpu.barrier_wait(summed)
+            parts = [_from(sums.at[turn, w]) for w in range(warpgroups)]
+            inverse = lax.rsqrt(jnp.sum(functools.reduce(jnp.add, parts)) / K + norm.eps)
+            for v, weight, first in zip(values, scales, firsts, strict=True):
+                qvalue, scale = quantize_groups(_normalize(v, inverse, weight))
+                q_gmem[pl.ds(m * steps + first, TILE_GROUPS), :] = qvalue.astype(FP8)
+                _store(s_gmem.at[pl.ds(first, TILE_GROUPS), m], scale)
+            return 1 - turn, *following
+
+        plgpu.nd_loop((M,), collective_axes="sm", init_carry=(jnp.int32(0), *load(lax.axis_index("sm"))))(token)
+
+    qvalue, scale = plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((rows * steps, ACTIVATION_GROUP), FP8),
+            jax.ShapeDtypeStruct((steps, scale_rows), jnp.float32),
+        ),
+        scratch_types=[
+            plgpu.SMEM((2, warpgroups, TILE_GROUPS), jnp.float32),
+            plgpu.Barrier(num_arrivals=warpgroups),
+        ],
+        grid=(blocks,),
+        grid_names=("sm",),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
+        kernel_name="jaxquant_quantize_norm",
+    )(*groups_of(x, norm), layer)
     return qvalue.reshape(rows, K), scale
 
 
@@ -389,8 +445,8 @@ def apply_prologue(
         gates = m * 2 * steps
 
         def silu_mul(group):
-            gate = _load_groups(x_gmem, gates + group)
-            return _silu_mul(gate, _load_groups(x_gmem, gates + steps + group), dtype)
+            halves = (_load_groups(x_gmem, gates + half * steps + group) for half in range(2))
+            return _silu_mul(*(half.astype(jnp.float32) for half in halves), dtype)
 
         return silu_mul
     if isinstance(prologue, RMSNorm):
@@ -400,7 +456,7 @@ def apply_prologue(
         squares = plgpu.layout_cast(jnp.zeros((TILE_GROUPS, ACTIVATION_GROUP), jnp.float32), GROUPS)
         for first in range(0, steps, TILE_GROUPS):
             group = min(first, steps - TILE_GROUPS)
-            v = _load_groups(x_gmem, m * steps + group)
+            v = _load_groups(x_gmem, m * steps + group).astype(jnp.float32)
             squares += _square_from(v, first - group, group < first)
         # Mosaic adds up a whole array only where each thread has a stride of it.
         scratch[...] = jnp.sum(squares, axis=1)
@@ -409,16 +465,16 @@ def apply_prologue(
         inverse = lax.rsqrt(total / (steps * ACTIVATION_GROUP) + prologue.eps)
 
         def rms_norm(group):
-            v = _load_groups(x_gmem, m * steps + group)
-            return _normalize(v, inverse, _load_groups(weight_gmem, weights + group), dtype)
+            v = _load_groups(x_gmem, m * steps + group).astype(jnp.float32)
+            return _normalize(v, inverse, _load_groups(weight_gmem, weights + group))
 
         return rms_norm
-    return lambda group: _load_groups(x_gmem, m * steps + group)
+    return lambda group: _load_groups(x_gmem, m * steps + group).astype(jnp.float32)
 
 
-def _load_groups(ref: Any, group: Any) -> Float32[Array, "8 128"]:
+def _load_groups(ref: Any, group: Any) -> Float[Array, "8 128"]:
     at = ref.at[pl.ds(group, TILE_GROUPS), :]
-    return plgpu.load(at, layout=GROUPS, optimized=False).astype(jnp.float32)
+    return plgpu.load(at, layout=GROUPS, optimized=False)
 
 
 def _square_from(v: Array, row: Any, overlaps: bool) -> Array:
@@ -464,9 +520,9 @@ def _silu_mul(gate: Array, up: Array, dtype: Any) -> Array:
     return (gate * logistic * up).astype(dtype).astype(jnp.float32)
 
 
-def _normalize(v: Array, inverse: Any, weight: Array, dtype: Any) -> Array:
-    normed = (v * inverse).astype(dtype).astype(jnp.float32)
-    return (normed * weight).astype(dtype).astype(jnp.float32)
+def _normalize(v: Array, inverse: Any, weight: Array) -> Array:
+    # In the weight's dtype, of which one instruction multiplies two.
+    return ((v * inverse).astype(weight.dtype) * weight).astype(jnp.float32)
 
 
 def _largest_divisor(n: int, most: int) -> int:

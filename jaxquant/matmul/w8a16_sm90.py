@@ -38,6 +38,7 @@ from jaxquant.matmul.upcast_sm90 import multiply, upcast
 # Tiles are visited in strips this many tiles wide, to meet operands again while L2 has them.
 _STRIP = 8
 _MAX_STAGES = 16
+PARTS = False
 # Tokens of a tile, where they are few.
 _TOKENS = (8, 16, 32, 64)
 
@@ -122,7 +123,7 @@ def product(
     m_tiles, n_tiles = cdiv(M, tile_m), cdiv(N, tile_n)
     tiles = m_tiles * n_tiles
     # The interpreter knows no SMEM of other thread blocks: there each part is a result.
-    parts, senders = (splits, turns) if interpreted() else (1, splits * turns)
+    parts, senders = (splits, turns) if interpreted() or PARTS else (1, splits * turns)
     # The store that transposes, and so makes y itself, is there for whole tiles of 16-bit values,
     # and would ignore the column of a second tile where y has one only.
     direct = parts == 1 and out_dtype.itemsize == 2 and N % 64 == 0 and N >= tile_n
@@ -137,7 +138,7 @@ def product(
         x_smem, w_smem, y_smem, sums_smem, full, empty, together = scratch
         warpgroup = lax.axis_index("warpgroup")
         l = in_stack(layer_gmem[0], L)
-        part = lax.axis_index("cluster") if splits > 1 else 0
+        part = lax.axis_index("cluster") if splits > 1 or PARTS else 0
 
         def origin(tile):
             """The first token and the first row of the weight of a tile."""
@@ -259,13 +260,14 @@ def product(
                 def _sum():
                     epilogue(totals, m0, n0)
 
-                wait_for_all()
+                if tiles > sms // splits:  # the next tile's sums come to the same place
+                    wait_for_all()
                 return slot
 
             for_each_tile(tiles, jnp.int32(0) + turn, do_tile)
             plgpu.wait_smem_to_gmem(0)
 
-    if splits > 1:
+    if splits > 1 and not PARTS:
         cluster: dict[str, Any] = {"cluster": (splits,), "cluster_names": ("cluster",)}
         together = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=consumers)
     else:
@@ -295,8 +297,8 @@ def product(
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
             together,
         ],
-        grid=(min(sms // splits, tiles),),
-        grid_names=("sm",),
+        grid=(min(sms // splits, tiles),) + ((splits,) if PARTS else ()),
+        grid_names=("sm",) + (("cluster",) if PARTS else ()),
         num_threads=consumers + 1,
         thread_name="warpgroup",
         kernel_name="jaxquant_w8a16",

@@ -72,7 +72,9 @@ def quantize(
             values = [load(step * unrolled + i).astype(jnp.float32) for i in range(unrolled)]
             for i, v in enumerate(values):
                 at = pl.ds((step * unrolled + i) * TILE_GROUPS, TILE_GROUPS)
-                _store(q_smem.at[warpgroup, at], quotient(v, divisor, inverse, GROUPS).astype(dtype))
+                _store(
+                    q_smem.at[warpgroup, at], quotient(v, divisor, inverse, GROUPS).astype(dtype)
+                )
 
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_smem.at[warpgroup], q_gmem.at[l, rows, columns])
@@ -81,7 +83,7 @@ def quantize(
         def _store_scale():
             _store_first(s_gmem.at[l, i, j], scale)
 
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     # A tiling that tiles nothing: see `act_quant_sm90`.
     linear = (plgpu.TilingTransform((math.gcd(K, _BLOCK),)),)  # pyright: ignore[reportAbstractUsage]
