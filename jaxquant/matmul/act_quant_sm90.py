@@ -236,13 +236,13 @@ def quantize_few(
     M, dtype, steps = x.shape[0], x.dtype, K // ACTIVATION_GROUP
     norm, tiles = prologue if isinstance(prologue, RMSNorm) else None, cdiv(steps, TILE_GROUPS)
     warpgroups = min(_FEW_WARPGROUPS, tiles) if norm else 1
-    own = cdiv(tiles, warpgroups) if norm else 1
+    own, shares = (cdiv(tiles, warpgroups), 1) if norm else (1, tiles)
     overlap = warpgroups * own * TILE_GROUPS != steps
 
     def kernel(*refs):
         *x_refs, layer_gmem, q_gmem, s_gmem, sums, summed = refs
-        m, warpgroup = lax.axis_index("m"), lax.axis_index("warpgroup")
-        tile = lax.axis_index("tile") + warpgroup * own
+        block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+        m, tile = lax.div(block, shares), lax.rem(block, shares) + warpgroup * own
         # A tile that would pass the end overlaps those before instead, and computes the same.
         firsts = [jnp.minimum((tile + i) * TILE_GROUPS, steps - TILE_GROUPS) for i in range(own)]
 
@@ -275,7 +275,7 @@ def quantize_few(
             at = s_gmem.at[groups]
             if scale_rows is not None:
                 at = s_gmem.at[pl.ds(first, TILE_GROUPS), m]
-            _store(at, scale)
+            store(at, scale)
 
     scales = (M * steps,) if scale_rows is None else (steps, scale_rows)
     qvalue, scale = plgpu.kernel(
@@ -288,8 +288,9 @@ def quantize_few(
             plgpu.SMEM((warpgroups, TILE_GROUPS), jnp.float32),
             plgpu.Barrier(num_arrivals=warpgroups),
         ],
-        grid=(M, 1 if norm else tiles),
-        grid_names=("m", "tile"),
+        # One axis: others end at 65535.
+        grid=(M * shares,),
+        grid_names=("block",),
         num_threads=warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
@@ -332,7 +333,7 @@ def quantize_persistent(norm, x, layer, K, rows, scale_rows, *, warpgroups, bloc
             for v, weight, first in zip(values, scales, firsts, strict=True):
                 qvalue, scale = quantize_groups(_normalize(v, inverse, weight))
                 q_gmem[pl.ds(m * steps + first, TILE_GROUPS), :] = qvalue.astype(FP8)
-                _store(s_gmem.at[pl.ds(first, TILE_GROUPS), m], scale)
+                store(s_gmem.at[pl.ds(first, TILE_GROUPS), m], scale)
             return 1 - turn, *following
 
         plgpu.nd_loop((M,), collective_axes="sm", init_carry=(jnp.int32(0), *load(lax.axis_index("sm"))))(token)
@@ -507,8 +508,8 @@ def _from(scratch: Any) -> Float32[Array, "8"]:
     return plgpu.load(scratch, layout=plgpu.Layout.WGMMA.reduce(0))
 
 
-def _store(ref: Any, value: Array) -> None:
-    """Stores to GMEM, also less than a cache line, which jax 0.12 refuses unless asked."""
+def store(ref: Any, value: Array) -> None:
+    """Stores, also less than a cache line or less than fast, which jax 0.12 refuses unless asked."""
     if hasattr(plgpu, "store"):
         plgpu.store(ref, value, optimized=False)
     else:
