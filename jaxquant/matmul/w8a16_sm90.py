@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
+from jaxquant.blocked import expand_blocks, take_layer, widen
 from jaxquant.hopper import interpreted
 from jaxquant.matmul.cluster_sm90 import receive, send
 from jaxquant.matmul.sm90 import (
@@ -38,7 +39,10 @@ from jaxquant.matmul.upcast_sm90 import multiply, upcast
 # Tiles are visited in strips this many tiles wide, to meet operands again while L2 has them.
 _STRIP = 8
 _MAX_STAGES = 16
-PARTS = False
+# Blocks that a scale is loaded ahead of its use: they take less time than a load.
+_SCALES_AHEAD = 3
+# From so many tokens on the kernel loses more to XLA's product in BF16 than a pass over the weight.
+_DEQUANTIZED_TOKENS = 1024
 # Tokens of a tile, where they are few.
 _TOKENS = (8, 16, 32, 64)
 
@@ -85,6 +89,25 @@ def default_config(M: int, N: int, K: int, sms: int) -> Config:
     return min(cuts, key=busiest)
 
 
+def dequantizes(M: int, out_dtype: Any) -> bool:
+    """Whether tokens are so many that a pass over the weight pays: `product_dequantized`."""
+    return M >= _DEQUANTIZED_TOKENS and out_dtype == jnp.bfloat16
+
+
+def product_dequantized(
+    x: BFloat16[Array, "M K"],
+    wq: Float[Array, "L N K"],
+    sw: Float32[Array, "L (N+127)//128 (K+127)//128"],
+    layer: Int32[Array, "1"],
+) -> BFloat16[Array, "M N"]:
+    """`product` with the layer written out as BF16, which rounds it, and XLA's dot."""
+    qvalue, scale = (take_layer(stack, in_stack(layer[0], wq.shape[0])) for stack in (wq, sw))
+    w = widen(qvalue) * expand_blocks(scale, (SCALE_ROWS, K_BLOCK), qvalue.shape)
+    # Once: a dot that dequantizes its own tiles does so for each tile of tokens.
+    w = lax.optimization_barrier(w.astype(x.dtype))
+    return lax.dot_general(x, w, (((1,), (1,)), ((), ())))
+
+
 def _step_bytes(config: Config) -> int:
     """What the copies of a K block bring: FP8 and BF16."""
     return (config.tile_n + 2 * config.tile_m) * K_BLOCK
@@ -123,7 +146,7 @@ def product(
     m_tiles, n_tiles = cdiv(M, tile_m), cdiv(N, tile_n)
     tiles = m_tiles * n_tiles
     # The interpreter knows no SMEM of other thread blocks: there each part is a result.
-    parts, senders = (splits, turns) if interpreted() or PARTS else (1, splits * turns)
+    parts, senders = (splits, turns) if interpreted() else (1, splits * turns)
     # The store that transposes, and so makes y itself, is there for whole tiles of 16-bit values,
     # and would ignore the column of a second tile where y has one only.
     direct = parts == 1 and out_dtype.itemsize == 2 and N % 64 == 0 and N >= tile_n
@@ -138,7 +161,7 @@ def product(
         x_smem, w_smem, y_smem, sums_smem, full, empty, together = scratch
         warpgroup = lax.axis_index("warpgroup")
         l = in_stack(layer_gmem[0], L)
-        part = lax.axis_index("cluster") if splits > 1 or PARTS else 0
+        part = lax.axis_index("cluster") if splits > 1 else 0
 
         def origin(tile):
             """The first token and the first row of the weight of a tile."""
@@ -187,8 +210,8 @@ def product(
                     return upcast(w_smem.at[slot, pl.ds(wave_rows(wave), 64)], K)
 
                 def add_block(i, carry):
-                    slot, scales, w, totals = carry
-                    scales_next = load_scales(n0, kb0 + (i + 1) * turns)
+                    slot, (scales, *scales_next), w, totals = carry
+                    scales_next.append(load_scales(n0, kb0 + (i + _SCALES_AHEAD) * turns))
                     slot_next = slot + turns
                     slot_next = jnp.where(slot_next >= stages, slot_next - stages, slot_next)
 
@@ -213,8 +236,20 @@ def product(
 
                 totals = tuple(zero_accumulator(64, tile_m) for _ in range(waves))
                 plgpu.barrier_wait(full.at[slot])
-                init = slot, load_scales(n0, kb0), operand(slot, 0), totals
-                slot, _, _, totals = lax.fori_loop(0, blocks, add_block, init)
+                scales = [load_scales(n0, kb0 + i * turns) for i in range(_SCALES_AHEAD)]
+                carry = slot, scales, operand(slot, 0), totals
+                # An even number of operands at a time, which take turns in two sets of registers:
+                # ptxas runs no product beside what writes to those that it reads.
+                unrolled = 1 + waves % 2
+
+                def add_blocks(i, carry):
+                    for j in range(unrolled):
+                        carry = add_block(i * unrolled + j, carry)
+                    return carry
+
+                carry = lax.fori_loop(0, blocks // unrolled, add_blocks, carry)
+                carry = lax.fori_loop(blocks - blocks % unrolled, blocks, add_block, carry)
+                slot, _, _, totals = carry
                 return slot, totals
 
             def wait_for_all():
@@ -267,7 +302,7 @@ def product(
             for_each_tile(tiles, jnp.int32(0) + turn, do_tile)
             plgpu.wait_smem_to_gmem(0)
 
-    if splits > 1 and not PARTS:
+    if splits > 1:
         cluster: dict[str, Any] = {"cluster": (splits,), "cluster_names": ("cluster",)}
         together = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=consumers)
     else:
@@ -297,8 +332,8 @@ def product(
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
             together,
         ],
-        grid=(min(sms // splits, tiles),) + ((splits,) if PARTS else ()),
-        grid_names=("sm",) + (("cluster",) if PARTS else ()),
+        grid=(min(sms // splits, tiles),),
+        grid_names=("sm",),
         num_threads=consumers + 1,
         thread_name="warpgroup",
         kernel_name="jaxquant_w8a16",

@@ -26,7 +26,7 @@ _BLOCK = 128
 # Warpgroups of a thread block, each with rows of its own, and tiles of 8 rows that one has in its
 # registers.
 _WARPGROUPS = 2
-_UNROLLED = 4
+_UNROLLED = 2
 _ROWS = GROUPS.reduce(1)
 
 

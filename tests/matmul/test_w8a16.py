@@ -130,6 +130,22 @@ def test_what_stands_around_a_product(M, name):
     assert_close(y, np.asarray(matmul(x, w, layer=1, implementation="xla", **around), np.float64))
 
 
+@pytest.mark.parametrize("out_dtype", [BF16, F32])
+def test_many_tokens_multiply_a_dequantized_weight(monkeypatch, out_dtype):
+    monkeypatch.setattr(w8a16_sm90, "_DEQUANTIZED_TOKENS", 40)
+    kernels, product = [], w8a16_sm90.product
+
+    def watched(*args, **kwargs):
+        kernels.append(args)
+        return product(*args, **kwargs)
+
+    monkeypatch.setattr(w8a16_sm90, "product", watched)
+    x, w = tokens((40, 288)), weight((3, 72, 288))
+    y = mosaic_gpu.matmul(x, w, -1, out_dtype)
+    assert_close(y, definition(x, w.qvalue[2], w.scale[2]))
+    assert bool(kernels) == (out_dtype == F32)  # which is not rounded on the way
+
+
 def test_a_scan_reads_each_layer_of_a_stack():
     x, w = tokens((4, 128)), weight((3, 64, 128))
 
