@@ -37,8 +37,8 @@ GROUPS = plgpu.Layout.TILED(
 # Warpgroups that share a token, and tiles that one has in its registers, at most.
 _NORM_WARPGROUPS = 2
 _MAX_TILES = 8
-# Thread blocks that normalize: four for each multiprocessor of an H200, and more do no harm.
-_NORM_BLOCKS = 528
+# Warpgroups that normalize at once: eight on each multiprocessor of an H200.
+_RESIDENT = 1056
 # Groups of a thread block where K is ragged.
 _COPY_GROUPS = 4
 _RAGGED_TILE_M = 64
@@ -148,7 +148,7 @@ def quantize_normalized(
     warpgroups = min(_NORM_WARPGROUPS, tiles)
     own = cdiv(tiles, warpgroups)
     overlap = warpgroups * own * TILE_GROUPS != steps
-    blocks = min(_NORM_BLOCKS, M)
+    blocks = min(_RESIDENT // warpgroups, M)
 
     def kernel(x_gmem, weight_gmem, layer_gmem, q_gmem, s_gmem, sums, summed):
         warpgroup = lax.axis_index("warpgroup")

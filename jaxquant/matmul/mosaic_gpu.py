@@ -203,7 +203,7 @@ def _run_weight_only(
 
     qvalue, scale, _, bias = stacks
     M, (N, K) = x.shape[0], qvalue.shape[1:]
-    if w8a16_sm90.dequantizes(M, out_dtype):
+    if w8a16_sm90.dequantizes(M, N, K, out_dtype):
         y = w8a16_sm90.product_dequantized(x, qvalue, scale, layer)
         return finish(y, layer[0], out_dtype, bias, residual)
     if M > _M_ALIGNMENT:  # fewer rows TMA pads itself

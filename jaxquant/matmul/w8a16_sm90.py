@@ -39,10 +39,9 @@ from jaxquant.matmul.upcast_sm90 import multiply, upcast
 # Tiles are visited in strips this many tiles wide, to meet operands again while L2 has them.
 _STRIP = 8
 _MAX_STAGES = 16
-# Blocks that a scale is loaded ahead of its use: they take less time than a load.
-_SCALES_AHEAD = 3
-# From so many tokens on the kernel loses more to XLA's product in BF16 than a pass over the weight.
-_DEQUANTIZED_TOKENS = 1024
+# Tokens, and multiplications, from which on the kernel loses more to XLA's product in BF16 than a
+# pass over the weight takes.
+_DEQUANTIZED_TOKENS, _DEQUANTIZED_WORK = 1024, 1 << 35
 # Tokens of a tile, where they are few.
 _TOKENS = (8, 16, 32, 64)
 
@@ -79,7 +78,8 @@ def default_config(M: int, N: int, K: int, sms: int) -> Config:
     # Of the clusters, those of two always fit the multiprocessors.
     for splits in (1, 2):
         if steps % splits == 0:
-            turns = math.gcd(steps // splits, 4 if tokens <= 32 else 2)
+            # Each with 8 blocks, less of which do not pay for adding up what one more has.
+            turns = math.gcd(steps // splits, 4 if tokens <= 32 and steps // splits >= 32 else 2)
             cuts.append(Config(tokens, 64, groups=1, turns=turns, splits=splits))
 
     def busiest(cut: Config) -> int:
@@ -89,9 +89,10 @@ def default_config(M: int, N: int, K: int, sms: int) -> Config:
     return min(cuts, key=busiest)
 
 
-def dequantizes(M: int, out_dtype: Any) -> bool:
-    """Whether tokens are so many that a pass over the weight pays: `product_dequantized`."""
-    return M >= _DEQUANTIZED_TOKENS and out_dtype == jnp.bfloat16
+def dequantizes(M: int, N: int, K: int, out_dtype: Any) -> bool:
+    """Whether there is so much to do that `product_dequantized` is faster, and exact enough."""
+    much = M >= _DEQUANTIZED_TOKENS and M * N * K >= _DEQUANTIZED_WORK
+    return much and out_dtype == jnp.bfloat16
 
 
 def product_dequantized(
@@ -210,8 +211,8 @@ def product(
                     return upcast(w_smem.at[slot, pl.ds(wave_rows(wave), 64)], K)
 
                 def add_block(i, carry):
-                    slot, (scales, *scales_next), w, totals = carry
-                    scales_next.append(load_scales(n0, kb0 + (i + _SCALES_AHEAD) * turns))
+                    slot, scales, w, totals = carry
+                    scales_next = load_scales(n0, kb0 + (i + 1) * turns)
                     slot_next = slot + turns
                     slot_next = jnp.where(slot_next >= stages, slot_next - stages, slot_next)
 
@@ -236,8 +237,7 @@ def product(
 
                 totals = tuple(zero_accumulator(64, tile_m) for _ in range(waves))
                 plgpu.barrier_wait(full.at[slot])
-                scales = [load_scales(n0, kb0 + i * turns) for i in range(_SCALES_AHEAD)]
-                carry = slot, scales, operand(slot, 0), totals
+                carry = slot, load_scales(n0, kb0), operand(slot, 0), totals
                 # An even number of operands at a time, which take turns in two sets of registers:
                 # ptxas runs no product beside what writes to those that it reads.
                 unrolled = 1 + waves % 2

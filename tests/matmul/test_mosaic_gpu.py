@@ -214,7 +214,7 @@ def test_tokens_that_registers_do_not_hold_are_normalized_before(hopper, monkeyp
 
 
 def test_a_thread_block_normalizes_several_tokens(hopper, monkeypatch):
-    monkeypatch.setattr(act_quant_sm90, "_NORM_BLOCKS", 2)
+    monkeypatch.setattr(act_quant_sm90, "_RESIDENT", 4)
     x, norm = tokens((5, 1152)), prologue_of("rms_norm", 1152)
     qvalue, scale = quantize(norm, x, jnp.zeros(1, jnp.int32), 1152, 8)
     assert_quantized(qvalue[:5], scale.T[:5], norm(x, 0))
