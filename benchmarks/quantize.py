@@ -7,8 +7,8 @@ attention's output (nothing, 4096) and before down (SiLU times up, 14336), and t
 numbers of groups, in BF16. Then its weights, in 128x128 blocks, M being their rows. CUPTI time of
 the kernels, median, over operands that together do not stay in L2 where there is a bandwidth to
 speak of; that of the copy is of an XLA kernel that reads and writes as many bytes, half each.
-Where nothing stands before it the bytes have to be those of `jaxquant.blocked`; else the share
-that differs is shown, since a norm or an exp may differ before it is rounded.
+Where nothing stands before it, and of weights, the bytes have to be those of `jaxquant.blocked`;
+else the share that differs is shown, since a norm or an exp may differ before it is rounded.
 """
 
 import argparse
@@ -62,16 +62,13 @@ def operands(M: int, columns: int, spread: float) -> list[jax.Array]:
     return [make(key) for key in jax.random.split(jax.random.key(M), sets)]
 
 
-def differing(prologue: Any, x: jax.Array, qvalue: jax.Array, scale: jax.Array) -> int:
-    """Bytes and scales that are not those of XLA."""
-    expected = blocked.quantize_activations(x if prologue is None else prologue(x, 0))
-    M = len(x)
+def differing(actual: tuple[jax.Array, ...], expected: tuple[jax.Array, ...]) -> int:
+    """Bytes and scales that are not the same."""
 
     def bits(a):
         return jax.lax.bitcast_convert_type(a, jnp.uint8 if a.dtype.itemsize == 1 else jnp.uint32)
 
-    pairs = zip((qvalue[:M], scale.T[:M]), expected, strict=True)
-    return sum(int((bits(a) != bits(b)).sum()) for a, b in pairs)
+    return sum(int((bits(a) != bits(b)).sum()) for a, b in zip(actual, expected, strict=True))
 
 
 def microseconds(run: Callable[[jax.Array], Any], xs: list[jax.Array]) -> float:
@@ -94,7 +91,9 @@ def activations(M: int, name: str, K: int) -> str:
     xs = operands(M, K * (2 if name == "silu_mul" else 1), 4 if name == "none" else 1)
     layer, rows = jnp.zeros(1, jnp.int32), -(-M // 8) * 8
     run = jax.jit(lambda x: quantize(prologue, x, layer, K, rows)).lower(xs[0]).compile()
-    wrong = differing(prologue, xs[0], *run(xs[0]))
+    qvalue, scale = run(xs[0])
+    expected = blocked.quantize_activations(xs[0] if prologue is None else prologue(xs[0], 0))
+    wrong = differing((qvalue[:M], scale.T[:M]), expected)
     if wrong and prologue is None:
         raise RuntimeError(f"M = {M}, {name}: {wrong} bytes or scales are not those of XLA")
     return row(M, K, name, run, xs, f"{wrong / (M * K):.1e}")
@@ -103,7 +102,12 @@ def activations(M: int, name: str, K: int) -> str:
 def weights(N: int, K: int) -> str:
     """A line of the table."""
     ws = operands(N, K, 1)
-    return row(N, K, "weight", jax.jit(blocked.quantize).lower(ws[0]).compile(), ws, "")
+    run = jax.jit(blocked.quantize).lower(ws[0]).compile()
+    floor, dtype = blocked.WEIGHT_AMAX_FLOOR, jnp.dtype(jnp.float8_e4m3fn)
+    expected = blocked.quantize_by_xla(ws[0], (128, 128), dtype, floor, None)
+    if wrong := differing((run(ws[0]).qvalue, run(ws[0]).scale), expected):
+        raise RuntimeError(f"{N} x {K}: {wrong} bytes or scales are not those of XLA")
+    return row(N, K, "weight", run, ws, "0.0e+00")
 
 
 def row(M: int, K: int, name: str, run: Any, xs: list[jax.Array], differ: str) -> str:

@@ -25,10 +25,14 @@ from jaxquant.errors import JaxquantError
 WEIGHT_AMAX_FLOOR = 1e-6
 ACTIVATION_AMAX_FLOOR = 1e-10
 ACTIVATION_GROUP = 128
+_IMPLEMENTATIONS = ("mosaic_gpu", "xla")
 
 
 def quantize(
-    w: Float[Array | np.ndarray, "*lead out in"], config: QuantConfig | None = None
+    w: Float[Array | np.ndarray, "*lead out in"],
+    config: QuantConfig | None = None,
+    *,
+    implementation: str | None = None,
 ) -> QuantizedArray:
     """Quantizes a K-major weight to blocked FP8. Jittable and pure.
 
@@ -36,13 +40,16 @@ def quantize(
       w: `[..., out, in]` of a floating dtype, the contraction axis last (the Hugging Face
         layout). Leading axes are separate matrices.
       config: block size, format and scales; default `QuantConfig()`.
+      implementation: "mosaic_gpu", a kernel for Hopper GPUs, or "xla", which takes longer to run
+        and less time to compile; default: the first that can run. The bytes are the same.
 
     Returns:
       A QuantizedArray with `w ~= qvalue * scale[block]`. A block that holds a NaN or an Inf has a
       scale that is NaN or Inf; `check_finite` looks for those.
 
     Raises:
-      JaxquantError: w has fewer than two dimensions or is not floating.
+      JaxquantError: w has fewer than two dimensions or is not floating; an unknown implementation.
+      NotImplementedError: the forced implementation cannot run this, with the reason.
 
     >>> quantize(jnp.ones((200, 300), jnp.bfloat16)).scale.shape
     (2, 3)
@@ -50,12 +57,13 @@ def quantize(
     config = config or QuantConfig()
     check_quantizable(w)
     w = jnp.asarray(w)  # numpy's float64 becomes float32
-    qvalue, scale = _quantize(
-        w,
-        config.weight_block_size,
-        config.fmt_dtype,
-        WEIGHT_AMAX_FLOOR,
-        config.scale_fmt,
+    if implementation not in (None, *_IMPLEMENTATIONS):
+        raise JaxquantError(
+            f"quantize: implementation is {implementation!r}; allowed: "
+            f"{', '.join(_IMPLEMENTATIONS)}"
+        )
+    qvalue, scale = _quantize_weight(
+        w, config.weight_block_size, config.fmt_dtype, config.scale_fmt, implementation
     )
     return QuantizedArray(
         qvalue,
@@ -79,7 +87,7 @@ def quantize_activations(
       qvalue `[..., K]` float8_e4m3fn and scale `[..., ceil(K / group)]` float32, with
       `scale = max(amax, 1e-10) / 448`.
     """
-    qvalue, scale = _quantize(
+    qvalue, scale = quantize_by_xla(
         x[..., None, :],
         (1, group),
         jnp.dtype(jnp.float8_e4m3fn),
@@ -130,14 +138,42 @@ def check_finite(qa: QuantizedArray, name: str) -> None:
         )
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
+def _quantize_weight(
+    w: Array,
+    block_size: tuple[int, int],
+    dtype: np.dtype,
+    scale_fmt: str | None,
+    implementation: str | None,
+) -> tuple[Array, Array]:
+    if implementation != "xla":
+        from jaxquant.matmul import weight_quant  # which stands above this module
+
+        try:
+            return weight_quant.quantize(w, block_size, dtype, scale_fmt)
+        except NotImplementedError:
+            if implementation is not None:
+                raise
+    return quantize_by_xla(w, block_size, dtype, WEIGHT_AMAX_FLOOR, scale_fmt)
+
+
+@_quantize_weight.defjvp
+def _jvp_by_xla(block_size, dtype, scale_fmt, _, primals, tangents):
+    def run(w):
+        return quantize_by_xla(w, block_size, dtype, WEIGHT_AMAX_FLOOR, scale_fmt)
+
+    return jax.jvp(run, primals, tangents)
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _quantize(
+def quantize_by_xla(
     w: Shaped[Array, "*lead out in"],
     block_size: tuple[int, int],
     dtype: np.dtype,
     amax_floor: float,
     scale_fmt: str | None,
 ) -> tuple[Array, Array]:
+    """(qvalue, scale) as the module defines them, on any device."""
     fmax = float(jnp.finfo(dtype).max)
     w = w.astype(jnp.float32)
     amax = jnp.maximum(_block_amax(w, block_size), jnp.float32(amax_floor))

@@ -473,6 +473,17 @@ def test_numpy_weights_are_taken():
     assert_same_bytes(blocked.quantize(w), numpy_reference.quantize(w, QuantConfig()))
 
 
+def test_an_unknown_implementation_is_refused_with_the_known_ones():
+    with pytest.raises(JaxquantError) as e:
+        blocked.quantize(jnp.ones((2, 2)), implementation="cuda")
+    assert str(e.value) == "quantize: implementation is 'cuda'; allowed: mosaic_gpu, xla"
+
+
+def test_a_forced_kernel_says_why_it_cannot_run():
+    with pytest.raises(NotImplementedError, match=r"^mosaic_gpu: the device is a cpu; "):
+        blocked.quantize(jnp.ones((2, 16)), implementation="mosaic_gpu")
+
+
 @pytest.mark.parametrize("w", [jnp.float32(1), jnp.ones(3)], ids=["scalar", "vector"])
 def test_fewer_than_two_dimensions_are_refused(unchecked, w):
     with pytest.raises(JaxquantError) as e:

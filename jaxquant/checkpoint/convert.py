@@ -30,8 +30,9 @@ def convert(piece: Any, config: QuantConfig | None, dtype: Any) -> tuple[Any, ja
     if config is None:
         piece = piece if dtype is None else piece.astype(dtype)  # which may have no such value
         return piece, _all_finite(piece)[None]
+    # By XLA: slabs have many shapes, and to compile a kernel for each takes longer than it saves.
     # The barrier keeps XLA from quantizing again in each fusion that uses the result.
-    qa = lax.optimization_barrier(blocked.quantize(piece, config))
+    qa = lax.optimization_barrier(blocked.quantize(piece, config, implementation="xla"))
     # A block's scale is finite exactly when all of its weights are.
     outcome = jnp.stack([_all_finite(qa.scale), *error_norms(piece, qa)])
     return qa if dtype is None else dataclasses.replace(qa, dtype=dtype), outcome

@@ -1,7 +1,8 @@
 """Quantizing activations on Hopper: each value is read once, and little else is done with it.
 
-Three kernels, by what there is to do: `quantize_many` for prefill, `quantize_few` for so few
-tokens that the time is that of a launch, and `quantize_ragged` for K in no whole groups.
+Three kernels, by what there is to do: `quantize_tokens`, `quantize_normalized` for what stands
+behind an RMSNorm, which has to see all of a token first, and `quantize_ragged` for K in no whole
+groups, or few.
 """
 
 import functools
@@ -17,9 +18,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from jaxquant.blocked import ACTIVATION_AMAX_FLOOR, ACTIVATION_GROUP
+from jaxquant.hopper import interpreted
 from jaxquant.matmul.arithmetic_sm90 import approximate_reciprocal, quotient, reciprocal
-from jaxquant.matmul.prologue import Prologue, RMSNorm, SiluMul
-from jaxquant.matmul.sm90 import FP8, K_BLOCK, SMEM_BYTES, cdiv, in_stack, round_up, swizzled
+from jaxquant.matmul.prologue import Prologue, RMSNorm, SiluMul, rounded
+from jaxquant.matmul.sm90 import FP8, K_BLOCK, cdiv, in_stack, round_up, swizzled
 
 # Scales have a whole number of so many columns, whichever kernel writes them.
 SCALE_COLUMNS = 64
@@ -32,23 +34,18 @@ GROUPS = plgpu.Layout.TILED(
     lane_dims=(-3, -2),
     vector_dim=-1,
 )
-# So few that a thread block for each leaves no multiprocessor with two.
-_FEW_TOKENS = 128
-# Groups of a token that a thread block takes where it need not take all; those that a copy brings;
-# those that a warpgroup has in its registers.
-_SHARE_GROUPS = 16
+# Warpgroups that share a token, and tiles that one has in its registers, at most.
+_NORM_WARPGROUPS = 2
+_MAX_TILES = 8
+# Warpgroups that normalize at once: eight on each multiprocessor of an H200.
+_RESIDENT = 1056
+# Groups of a thread block where K is ragged.
 _COPY_GROUPS = 4
-_UNROLLED = 2
-# Warpgroups of a thread block.
-_WARPGROUPS = 2
-_FEW_WARPGROUPS = 4
-# Thread blocks that share a multiprocessor have to leave room for each other.
-_MAX_TOKENS_BYTES = SMEM_BYTES // 2
 _RAGGED_TILE_M = 64
 
 
 def quantize(
-    prologue: Prologue | None,
+    prologue: RMSNorm | SiluMul | None,
     x: Float[Array, "M A"],
     layer: Int32[Array, "1"],
     K: int,
@@ -73,231 +70,138 @@ def quantize(
     """
     M = x.shape[0]
     scale_rows = round_up(M, SCALE_COLUMNS)
-    whole = K % ACTIVATION_GROUP == 0
-    if whole and M <= _FEW_TOKENS and K >= TILE_GROUPS * ACTIVATION_GROUP:
-        return quantize_few(prologue, x, layer, K, rows, scale_rows)
-    norms = isinstance(prologue, RMSNorm)
-    fits = not norms or TILE_GROUPS * K * x.dtype.itemsize <= _MAX_TOKENS_BYTES
-    if prologue is not None and not (whole and fits):
+    groups, rest = divmod(K, ACTIVATION_GROUP)
+    tiles = rest == 0 and groups >= TILE_GROUPS
+    if isinstance(prologue, RMSNorm):
+        if tiles and groups <= _NORM_WARPGROUPS * _MAX_TILES * TILE_GROUPS:
+            return quantize_normalized(prologue, x, layer, rows, scale_rows)
         x, prologue = prologue(x, layer[0]), None
-    if whole:
-        return quantize_many(prologue, x, layer, K, rows, scale_rows)
+    if tiles:
+        return quantize_tokens(prologue, x, K, rows, scale_rows)
+    if prologue is not None:
+        x = prologue(x, layer[0])
     if M > TILE_GROUPS:  # fewer rows TMA pads itself
         x = jnp.pad(x, ((0, -M % TILE_GROUPS), (0, 0)))
     return quantize_ragged(x, rows, scale_rows)
 
 
-def quantize_many(
-    prologue: Prologue | None,
+def quantize_tokens(
+    prologue: SiluMul | None,
     x: Float[Array, "M A"],
-    layer: Int32[Array, "1"],
-    K: int,
-    rows: int,
-    scale_rows: int,
-) -> tuple[Float[Array, "rows K"], Float32[Array, "groups scale_rows"]]:
-    """`quantize` of many tokens in whole groups.
-
-    A thread block brings 8 tokens to SMEM: all of them for an RMSNorm, which passes over them
-    twice, a share otherwise. Its warpgroups take groups of their own.
-    """
-    M, dtype, steps = x.shape[0], x.dtype, K // ACTIVATION_GROUP
-    norm = prologue if isinstance(prologue, RMSNorm) else None
-    halves = 2 if isinstance(prologue, SiluMul) else 1
-    # Groups of a thread block, of a warpgroup, of a copy.
-    share = steps if norm else _largest_divisor(steps, _SHARE_GROUPS // halves)
-    warpgroups = math.gcd(share, _WARPGROUPS)
-    own = share // warpgroups
-    copied = math.gcd(own, _COPY_GROUPS)
-    copies, unrolled = own // copied, math.gcd(copied, _UNROLLED)
-    weights = [norm.weight] if norm else []
-
-    def kernel(x_gmem, *refs):
-        *weight_gmem, layer_gmem, q_gmem, s_gmem, x_smem, s_smem, sums, landed, summed = refs
-        warpgroup = lax.axis_index("warpgroup")
-        tokens = pl.ds(lax.axis_index("m") * TILE_GROUPS, TILE_GROUPS)
-        first = (lax.axis_index("share") * warpgroups + warpgroup) * own
-
-        for i in range(copies):  # TMA reads rows from M on as zeros
-            for half in range(halves):
-                groups = pl.ds(half * steps + first + i * copied, copied)
-                plgpu.copy_gmem_to_smem(
-                    x_gmem.at[tokens, groups],
-                    x_smem.at[warpgroup, i, half],
-                    landed.at[warpgroup, i],
-                )
-
-        def load(i, j, half=0):
-            at = x_smem.at[warpgroup, i, half, :, j]
-            return plgpu.load(at, layout=GROUPS, optimized=False).astype(jnp.float32)
-
-        def inverse_norm(norm):
-            def add_squares(i, squares):
-                plgpu.barrier_wait(landed.at[warpgroup, i])
-                for j in range(copied):
-                    v = load(i, j)
-                    squares += v * v
-                return squares
-
-            zero = jnp.zeros((TILE_GROUPS, ACTIVATION_GROUP), jnp.float32)
-            squares = lax.fori_loop(0, copies, add_squares, plgpu.layout_cast(zero, GROUPS))
-            sums[warpgroup] = jnp.sum(squares, axis=1)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(summed)
-            plgpu.barrier_wait(summed)
-            rows = GROUPS.reduce(1)
-            parts = [
-                plgpu.load(sums.at[w], layout=rows, optimized=False) for w in range(warpgroups)
-            ]
-            inverse = lax.rsqrt(functools.reduce(jnp.add, parts) / K + norm.eps)
-            return lax.broadcast_in_dim(inverse, zero.shape, [0])
-
-        inverse = inverse_norm(norm) if norm else None
-        l = in_stack(layer_gmem[0], norm.weight.shape[0]) if norm else None
-
-        def read(i, j):
-            if halves == 2:
-                return _silu_mul(load(i, j), load(i, j, 1), dtype)
-            v = load(i, j)
-            if not norm:
-                return v
-            columns = pl.ds((first + i * copied + j) * ACTIVATION_GROUP, ACTIVATION_GROUP)
-            at = weight_gmem[0].at[l, columns]
-            weight = plgpu.load(at, layout=GROUPS.reduce(0), optimized=False).astype(jnp.float32)
-            return _normalize(v, inverse, lax.broadcast_in_dim(weight, v.shape, [1]), dtype)
-
-        @pl.loop(0, copies)
-        def _quantize(i):
-            if not norm:
-                plgpu.barrier_wait(landed.at[warpgroup, i])
-            for j in range(0, copied, unrolled):
-                # All loads before the first store, which they could not pass.
-                results = [quantize_groups(read(i, j + k)) for k in range(unrolled)]
-                for k, (qvalue, scale) in enumerate(results):
-                    group = i * copied + j + k
-                    columns = pl.ds((first + group) * ACTIVATION_GROUP, ACTIVATION_GROUP)
-                    q_gmem[tokens, columns] = qvalue.astype(FP8)
-                    s_smem[warpgroup, group] = scale
-
-        plgpu.commit_smem()
-        scales = s_smem.at[warpgroup, pl.ds(0, own)]
-        plgpu.copy_smem_to_gmem(scales, s_gmem.at[pl.ds(first, own), tokens])
-        plgpu.wait_smem_to_gmem(0)
-
-    return plgpu.kernel(
-        kernel,
-        out_type=(
-            jax.ShapeDtypeStruct((rows, K), FP8),
-            jax.ShapeDtypeStruct((steps, scale_rows), jnp.float32),
-        ),
-        scratch_types=[
-            # A tiling that tiles nothing: left to itself, Mosaic swizzles what TMA writes, and
-            # does not take it into account where it reads a slice.
-            plgpu.SMEM(
-                (warpgroups, copies, halves, TILE_GROUPS, copied, ACTIVATION_GROUP),
-                dtype,
-                transforms=(plgpu.TilingTransform((ACTIVATION_GROUP,)),),  # pyright: ignore[reportAbstractUsage]
-            ),
-            # TMA reads from multiples of 128 bytes: where a warpgroup's scales begin.
-            plgpu.SMEM((warpgroups, round_up(own, 4), TILE_GROUPS), jnp.float32),
-            plgpu.SMEM((warpgroups, TILE_GROUPS), jnp.float32),
-            plgpu.Barrier(num_arrivals=halves, num_barriers=(warpgroups, copies)),
-            plgpu.Barrier(num_arrivals=warpgroups),
-        ],
-        grid=(cdiv(M, TILE_GROUPS), steps // share),
-        grid_names=("m", "share"),
-        num_threads=warpgroups,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
-        kernel_name="jaxquant_quantize_many",
-    )(x.reshape(M, -1, ACTIVATION_GROUP), *weights, layer)
-
-
-def quantize_few(
-    prologue: Prologue | None,
-    x: Float[Array, "M A"],
-    layer: Int32[Array, "1"],
     K: int,
     rows: int,
     scale_rows: int | None = None,
 ) -> tuple[Float[Array, "rows K"], Float32[Array, "..."]]:
-    """`quantize` of a few tokens in 8 or more whole groups.
-
-    A thread block has 8 groups of a token in its registers; or, where an RMSNorm has to see all of
-    a token, all.
+    """`quantize` of tokens of 8 or more whole groups, of which a thread block has 8.
 
     Args:
       prologue: see `quantize`.
       x: likewise.
-      layer: likewise.
       K: likewise.
       rows: likewise.
       scale_rows: of the scales; None to have the scales of a token side by side, `[M * groups]`.
     """
-    M, dtype, steps = x.shape[0], x.dtype, K // ACTIVATION_GROUP
-    norm, tiles = prologue if isinstance(prologue, RMSNorm) else None, cdiv(steps, TILE_GROUPS)
-    warpgroups = min(_FEW_WARPGROUPS, tiles) if norm else 1
-    own = cdiv(tiles, warpgroups) if norm else 1
-    overlap = warpgroups * own * TILE_GROUPS != steps
+    M, steps = x.shape[0], K // ACTIVATION_GROUP
+    tiles = cdiv(steps, TILE_GROUPS)
 
-    def kernel(*refs):
-        *x_refs, layer_gmem, q_gmem, s_gmem, sums, summed = refs
-        m, warpgroup = lax.axis_index("m"), lax.axis_index("warpgroup")
-        tile = lax.axis_index("tile") + warpgroup * own
-        # A tile that would pass the end overlaps those before instead, and computes the same.
-        firsts = [jnp.minimum((tile + i) * TILE_GROUPS, steps - TILE_GROUPS) for i in range(own)]
+    def kernel(x_gmem, q_gmem, s_gmem):
+        block = lax.axis_index("block")
+        m, tile = lax.div(block, tiles), lax.rem(block, tiles)
+        # A tile that would pass the end overlaps the one before instead, and computes the same.
+        first = jnp.minimum(tile * TILE_GROUPS, steps - TILE_GROUPS)
+        values = apply_prologue(prologue, [x_gmem], None, m, None, steps)(first)
+        qvalue, scale = quantize_groups(values)
+        groups = pl.ds(m * steps + first, TILE_GROUPS)
+        q_gmem[groups, :] = qvalue.astype(FP8)
+        at = s_gmem.at[groups]
+        if scale_rows is not None:
+            at = s_gmem.at[pl.ds(first, TILE_GROUPS), m]
+        store(at, scale)
 
-        def normalized(norm):
-            x_gmem, weight_gmem = x_refs
-            weights = in_stack(layer_gmem[0], weight_gmem.shape[0] // steps) * steps
-            values = [_load_groups(x_gmem, m * steps + first) for first in firsts]
-            scales = [_load_groups(weight_gmem, weights + first) for first in firsts]
-            squares = [
-                _square_from(v, (tile + i) * TILE_GROUPS - first, overlap)
-                for i, (v, first) in enumerate(zip(values, firsts, strict=True))
-            ]
-            sums[warpgroup] = jnp.sum(functools.reduce(jnp.add, squares), axis=1)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(summed)
-            plgpu.barrier_wait(summed)
-            parts = [_from(sums.at[w]) for w in range(warpgroups)]
-            inverse = lax.rsqrt(jnp.sum(functools.reduce(jnp.add, parts)) / K + norm.eps)
-            return [
-                _normalize(v, inverse, scale, dtype)
-                for v, scale in zip(values, scales, strict=True)
-            ]
-
-        if norm:
-            values = normalized(norm)
-        else:
-            read = apply_prologue(prologue, x_refs, None, m, None, steps)
-            values = [read(first) for first in firsts]
-        for v, first in zip(values, firsts, strict=True):
-            qvalue, scale = quantize_groups(v)
-            groups = pl.ds(m * steps + first, TILE_GROUPS)
-            q_gmem[groups, :] = qvalue.astype(FP8)
-            at = s_gmem.at[groups]
-            if scale_rows is not None:
-                at = s_gmem.at[pl.ds(first, TILE_GROUPS), m]
-            _store(at, scale)
-
-    scales = (M * steps,) if scale_rows is None else (steps, scale_rows)
     qvalue, scale = plgpu.kernel(
         kernel,
         out_type=(
             jax.ShapeDtypeStruct((rows * steps, ACTIVATION_GROUP), FP8),
-            jax.ShapeDtypeStruct(scales, jnp.float32),
+            jax.ShapeDtypeStruct(
+                (M * steps,) if scale_rows is None else (steps, scale_rows), jnp.float32
+            ),
+        ),
+        grid=(M * tiles,),  # only the last axis goes beyond 65535
+        grid_names=("block",),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
+        kernel_name="jaxquant_quantize_tokens",
+    )(*groups_of(x, prologue))
+    return qvalue.reshape(rows, K), scale
+
+
+def quantize_normalized(
+    norm: RMSNorm, x: Float[Array, "M K"], layer: Int32[Array, "1"], rows: int, scale_rows: int
+) -> tuple[Float[Array, "rows K"], Float32[Array, "groups scale_rows"]]:
+    """`quantize` of tokens of 8 or more whole groups behind an RMSNorm.
+
+    A thread block has all of a token in its registers, and reads the next one meanwhile. The norm's
+    weight stays.
+    """
+    M, K = x.shape
+    steps = K // ACTIVATION_GROUP
+    tiles = cdiv(steps, TILE_GROUPS)
+    warpgroups = min(_NORM_WARPGROUPS, tiles)
+    own = cdiv(tiles, warpgroups)
+    overlap = warpgroups * own * TILE_GROUPS != steps
+    blocks = min(_RESIDENT // warpgroups, M)
+
+    def kernel(x_gmem, weight_gmem, layer_gmem, q_gmem, s_gmem, sums, summed):
+        warpgroup = lax.axis_index("warpgroup")
+        starts = [(warpgroup * own + i) * TILE_GROUPS for i in range(own)]
+        # A tile that would pass the end overlaps those before instead, and computes the same.
+        firsts = [jnp.minimum(start, steps - TILE_GROUPS) for start in starts]
+        weights = in_stack(layer_gmem[0], weight_gmem.shape[0] // steps) * steps
+        scales = [_load_groups(weight_gmem, weights + first) for first in firsts]
+
+        def load(m):
+            return [_load_groups(x_gmem, m * steps + first) for first in firsts]
+
+        @plgpu.nd_loop(
+            (M,), collective_axes="block", init_carry=(0, *load(lax.axis_index("block")))
+        )
+        def _quantize(info, carry):
+            (m,), (turn, *current) = info.index, carry
+            following = load(jnp.minimum(m + blocks, M - 1)) if blocks < M else current
+            values = [v.astype(jnp.float32) for v in current]
+            squares = [
+                _square_from(v, start - first, overlap)
+                for v, start, first in zip(values, starts, firsts, strict=True)
+            ]
+            # Sums take turns in two places: who is ahead writes none that is still to be read.
+            sums[turn, warpgroup] = jnp.sum(functools.reduce(jnp.add, squares), axis=1)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(summed)
+            plgpu.barrier_wait(summed)
+            parts = [_from(sums.at[turn, w]) for w in range(warpgroups)]
+            inverse = lax.rsqrt(jnp.sum(functools.reduce(jnp.add, parts)) / K + norm.eps)
+            for v, weight, first in zip(values, scales, firsts, strict=True):
+                qvalue, scale = quantize_groups(_normalize(v, inverse, weight))
+                q_gmem[pl.ds(m * steps + first, TILE_GROUPS), :] = qvalue.astype(FP8)
+                store(s_gmem.at[pl.ds(first, TILE_GROUPS), m], scale)
+            return 1 - turn, *following
+
+    qvalue, scale = plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((rows * steps, ACTIVATION_GROUP), FP8),
+            jax.ShapeDtypeStruct((steps, scale_rows), jnp.float32),
         ),
         scratch_types=[
-            plgpu.SMEM((warpgroups, TILE_GROUPS), jnp.float32),
+            plgpu.SMEM((2, warpgroups, TILE_GROUPS), jnp.float32),
             plgpu.Barrier(num_arrivals=warpgroups),
         ],
-        grid=(M, 1 if norm else tiles),
-        grid_names=("m", "tile"),
+        grid=(blocks,),
+        grid_names=("block",),
         num_threads=warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
-        kernel_name="jaxquant_quantize_few",
-    )(*groups_of(x, prologue), layer)
+        kernel_name="jaxquant_quantize_normalized",
+    )(*groups_of(x, norm), layer)
     return qvalue.reshape(rows, K), scale
 
 
@@ -389,8 +293,9 @@ def apply_prologue(
         gates = m * 2 * steps
 
         def silu_mul(group):
-            gate = _load_groups(x_gmem, gates + group)
-            return _silu_mul(gate, _load_groups(x_gmem, gates + steps + group), dtype)
+            halves = (_load_groups(x_gmem, gates + half * steps + group) for half in range(2))
+            gate, up = (half.astype(jnp.float32) for half in halves)
+            return _silu_mul(gate, up, dtype)
 
         return silu_mul
     if isinstance(prologue, RMSNorm):
@@ -400,7 +305,7 @@ def apply_prologue(
         squares = plgpu.layout_cast(jnp.zeros((TILE_GROUPS, ACTIVATION_GROUP), jnp.float32), GROUPS)
         for first in range(0, steps, TILE_GROUPS):
             group = min(first, steps - TILE_GROUPS)
-            v = _load_groups(x_gmem, m * steps + group)
+            v = _load_groups(x_gmem, m * steps + group).astype(jnp.float32)
             squares += _square_from(v, first - group, group < first)
         # Mosaic adds up a whole array only where each thread has a stride of it.
         scratch[...] = jnp.sum(squares, axis=1)
@@ -409,16 +314,16 @@ def apply_prologue(
         inverse = lax.rsqrt(total / (steps * ACTIVATION_GROUP) + prologue.eps)
 
         def rms_norm(group):
-            v = _load_groups(x_gmem, m * steps + group)
-            return _normalize(v, inverse, _load_groups(weight_gmem, weights + group), dtype)
+            v = _load_groups(x_gmem, m * steps + group).astype(jnp.float32)
+            return _normalize(v, inverse, _load_groups(weight_gmem, weights + group))
 
         return rms_norm
-    return lambda group: _load_groups(x_gmem, m * steps + group)
+    return lambda group: _load_groups(x_gmem, m * steps + group).astype(jnp.float32)
 
 
-def _load_groups(ref: Any, group: Any) -> Float32[Array, "8 128"]:
+def _load_groups(ref: Any, group: Any) -> Float[Array, "8 128"]:
     at = ref.at[pl.ds(group, TILE_GROUPS), :]
-    return plgpu.load(at, layout=GROUPS, optimized=False).astype(jnp.float32)
+    return plgpu.load(at, layout=GROUPS, optimized=False)
 
 
 def _square_from(v: Array, row: Any, overlaps: bool) -> Array:
@@ -451,8 +356,8 @@ def _from(scratch: Any) -> Float32[Array, "8"]:
     return plgpu.load(scratch, layout=plgpu.Layout.WGMMA.reduce(0))
 
 
-def _store(ref: Any, value: Array) -> None:
-    """Stores to GMEM, also less than a cache line, which jax 0.12 refuses unless asked."""
+def store(ref: Any, value: Array) -> None:
+    """Stores, also less than a cache line at once, which jax 0.12 refuses unless asked."""
     if hasattr(plgpu, "store"):
         plgpu.store(ref, value, optimized=False)
     else:
@@ -464,10 +369,9 @@ def _silu_mul(gate: Array, up: Array, dtype: Any) -> Array:
     return (gate * logistic * up).astype(dtype).astype(jnp.float32)
 
 
-def _normalize(v: Array, inverse: Any, weight: Array, dtype: Any) -> Array:
-    normed = (v * inverse).astype(dtype).astype(jnp.float32)
-    return (normed * weight).astype(dtype).astype(jnp.float32)
-
-
-def _largest_divisor(n: int, most: int) -> int:
-    return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
+def _normalize(v: Array, inverse: Any, weight: Array) -> Array:
+    normed = (v * inverse).astype(weight.dtype)
+    if interpreted():  # XLA:CPU would not round the product
+        return rounded(normed.astype(jnp.float32) * weight, weight.dtype).astype(jnp.float32)
+    # In the weight's dtype, of which one instruction multiplies two.
+    return (normed * weight).astype(jnp.float32)

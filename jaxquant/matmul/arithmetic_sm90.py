@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import math as mlir_math
 from jaxtyping import Array, Float32
 
@@ -46,6 +48,26 @@ def quotient(a: Array, b: Array, inverse: Array, layout: Any) -> Float32[Array, 
     # The excess, not what is missing: so that -0 stays -0.
     excess = _pointwise(mlir_math.fma, layout, q, b, -a)
     return _pointwise(mlir_math.fma, layout, -excess, inverse, q)
+
+
+def ceil_to_power_of_two(x: Float32[Array, "..."], layout: Any) -> Float32[Array, "..."]:
+    """The least power of two >= x, for normal x > 0; infinity and NaN stay."""
+
+    def round_up(x):
+        # What is in the mantissa carries into the exponent.
+        i32 = ir.IntegerType.get_signless(32)
+        bits = x.bitcast(i32, output_is_signed=False)
+        return ((bits + 0x7FFFFF) & 0x7F800000).bitcast(ir.F32Type.get())
+
+    if interpreted():
+        bits = lax.bitcast_convert_type(x, jnp.uint32)
+        power = lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
+    else:
+        power = plgpu.inline_mgpu(
+            arg_types=(layout,),
+            return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.dtype(jnp.float32), layout=layout),
+        )(lambda _, x: round_up(x))(x)
+    return jnp.where(x < jnp.inf, power, x)
 
 
 def _instruction(name: str) -> Callable[..., Any]:

@@ -3,8 +3,8 @@
 A product of one token, or a few, is one kernel, `gemv`, with all that stands around it. Others are
 two: one that quantizes the activations after the prologue, and one that multiplies, `decode` for
 few tokens or `gemm` for many. A weight-only product is one kernel, `w8a16`, after what XLA makes of
-the prologue. They are for Hopper (compute capability 9.0); every other device keeps the XLA
-reference.
+the prologue, or for many tokens one of XLA's. They are for Hopper (compute capability 9.0); every
+other device keeps the XLA reference.
 """
 
 import dataclasses
@@ -155,7 +155,7 @@ def _run(
     """Quantizes x and multiplies: in one kernel for a token or so, in two otherwise."""
     # Imported here: Mosaic GPU is there only where jaxlib was built with it.
     from jaxquant.matmul import decode_sm90, gemm_sm90, gemv_sm90
-    from jaxquant.matmul.act_quant_sm90 import quantize, quantize_few
+    from jaxquant.matmul.act_quant_sm90 import quantize, quantize_tokens
     from jaxquant.matmul.sm90 import round_up
 
     qvalue, scale, prologue, bias = stacks
@@ -163,7 +163,7 @@ def _run(
     if gemv_sm90.takes(M, K):
         sx = None
         if isinstance(prologue, SiluMul):  # too much for every thread block to do
-            x, sx = quantize_few(prologue, x, layer, K, M)
+            x, sx = quantize_tokens(prologue, x, K, M)
             prologue = None
         config = gemv_sm90.default_config(N, K, sms)
         return gemv_sm90.gemv(
@@ -206,6 +206,9 @@ def _run_weight_only(
 
     qvalue, scale, _, bias = stacks
     M, (N, K) = x.shape[0], qvalue.shape[1:]
+    if w8a16_sm90.dequantizes(M, N, K, out_dtype):
+        y = w8a16_sm90.product_dequantized(x, qvalue, scale, layer)
+        return finish(y, layer[0], out_dtype, bias, residual)
     if M > _M_ALIGNMENT:  # fewer rows TMA pads itself
         x = jnp.pad(x, ((0, -M % _M_ALIGNMENT), (0, 0)))
     config = w8a16_sm90.default_config(M, N, K, sms)

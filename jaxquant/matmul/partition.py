@@ -58,10 +58,9 @@ def across_devices(
 
     def partition(mesh, args, _):
         x, residual, (qvalue, _, prologue, bias), _ = args
-        axes_of = functools.partial(_axes_of, mesh=mesh)
-        rows = axes_of(qvalue, 1, _BLOCK)
-        columns = axes_of(qvalue, 2, _BLOCK)
-        tokens = axes_of(x, 0, 1)
+        rows = axes_of(qvalue, 1, _BLOCK, mesh)
+        columns = axes_of(qvalue, 2, _BLOCK, mesh)
+        tokens = axes_of(x, 0, 1, mesh)
         if set(tokens) & {*rows, *columns}:
             tokens = ()
 
@@ -100,7 +99,7 @@ def across_devices(
     return product(x, residual, stacks, layer)
 
 
-def _axes_of(operand: Any, dim: int, block: int, mesh: Any) -> tuple[str, ...]:
+def axes_of(operand: Any, dim: int, block: int, mesh: Any) -> tuple[str, ...]:
     """The axes of the mesh that divide a dimension into whole blocks, or none."""
     entry = (*operand.sharding.spec, *[None] * operand.ndim)[dim]
     axes = (entry,) if isinstance(entry, str) else tuple(entry or ())

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
+from jaxquant.blocked import expand_blocks, take_layer, widen
 from jaxquant.hopper import interpreted
 from jaxquant.matmul import tuning
 from jaxquant.matmul.cluster_sm90 import receive, send
@@ -39,6 +40,9 @@ from jaxquant.matmul.upcast_sm90 import multiply, upcast
 # Tiles are visited in strips this many tiles wide, to meet operands again while L2 has them.
 _STRIP = 8
 _MAX_STAGES = 16
+# Tokens, and multiplications, from which on the kernel loses more to XLA's product in BF16 than a
+# pass over the weight takes.
+_DEQUANTIZED_TOKENS, _DEQUANTIZED_WORK = 1024, 1 << 35
 # Tokens of a tile, where they are few.
 _TOKENS = (8, 16, 32, 64)
 
@@ -89,9 +93,30 @@ def cuts(M: int, N: int, K: int) -> list[Config]:
     # Of the clusters, those of two always fit the multiprocessors.
     for splits in (1, 2):
         if steps % splits == 0:
-            turns = math.gcd(steps // splits, 4 if tokens <= 32 else 2)
+            # Each with 8 blocks, less of which do not pay for adding up what one more has.
+            turns = math.gcd(steps // splits, 4 if tokens <= 32 and steps // splits >= 32 else 2)
             found.append(Config(tokens, 64, groups=1, turns=turns, splits=splits))
     return found
+
+
+def dequantizes(M: int, N: int, K: int, out_dtype: Any) -> bool:
+    """Whether there is so much to do that `product_dequantized` is faster, and exact enough."""
+    much = M >= _DEQUANTIZED_TOKENS and M * N * K >= _DEQUANTIZED_WORK
+    return much and out_dtype == jnp.bfloat16
+
+
+def product_dequantized(
+    x: BFloat16[Array, "M K"],
+    wq: Float[Array, "L N K"],
+    sw: Float32[Array, "L (N+127)//128 (K+127)//128"],
+    layer: Int32[Array, "1"],
+) -> BFloat16[Array, "M N"]:
+    """`product` with the layer written out as BF16, which rounds it, and XLA's dot."""
+    qvalue, scale = (take_layer(stack, in_stack(layer[0], wq.shape[0])) for stack in (wq, sw))
+    w = widen(qvalue) * expand_blocks(scale, (SCALE_ROWS, K_BLOCK), qvalue.shape)
+    # Once: a dot that dequantizes its own tiles does so for each tile of tokens.
+    w = lax.optimization_barrier(w.astype(x.dtype))
+    return lax.dot_general(x, w, (((1,), (1,)), ((), ())))
 
 
 def _step_bytes(config: Config) -> int:
@@ -222,8 +247,19 @@ def product(
 
                 totals = tuple(zero_accumulator(64, tile_m) for _ in range(waves))
                 plgpu.barrier_wait(full.at[slot])
-                init = slot, load_scales(n0, kb0), operand(slot, 0), totals
-                slot, _, _, totals = lax.fori_loop(0, blocks, add_block, init)
+                carry = slot, load_scales(n0, kb0), operand(slot, 0), totals
+                # An even number of operands at a time, which take turns in two sets of registers:
+                # ptxas runs no product beside what writes to those that it reads.
+                unrolled = 1 + waves % 2
+
+                def add_blocks(i, carry):
+                    for j in range(unrolled):
+                        carry = add_block(i * unrolled + j, carry)
+                    return carry
+
+                carry = lax.fori_loop(0, blocks // unrolled, add_blocks, carry)
+                carry = lax.fori_loop(blocks - blocks % unrolled, blocks, add_block, carry)
+                slot, _, _, totals = carry
                 return slot, totals
 
             def wait_for_all():
@@ -269,7 +305,8 @@ def product(
                 def _sum():
                     epilogue(totals, m0, n0)
 
-                wait_for_all()
+                if tiles > sms // splits:  # the next tile's sums come to the same place
+                    wait_for_all()
                 return slot
 
             for_each_tile(tiles, jnp.int32(0) + turn, do_tile)

@@ -11,18 +11,18 @@ pytestmark = needs_plugin
 PRODUCTS = [
     (1, 4096, 4096, "bfloat16", "bfloat16", None, ["gemv_fp8"]),
     (1, 28672, 4096, "bfloat16", "bfloat16", "rms_norm", ["gemv_fp8"]),
-    (1, 4096, 14336, "bfloat16", "float32", "silu_mul", ["quantize_few", "gemv_fp8"]),
+    (1, 4096, 14336, "bfloat16", "float32", "silu_mul", ["quantize_tokens", "gemv_fp8"]),
     (2, 1536, 1280, "float32", "float32", "rms_norm", ["gemv_fp8"]),
-    (3, 4096, 4096, "bfloat16", "bfloat16", None, ["quantize_few", "decode_fp8"]),
-    (16, 4096, 14336, "bfloat16", "bfloat16", "silu_mul", ["quantize_few", "decode_fp8"]),
-    (5, 576, 1536, "float32", "bfloat16", None, ["quantize_few", "decode_fp8"]),
-    (64, 28672, 4096, "bfloat16", "float32", "rms_norm", ["quantize_few", "decode_fp8"]),
+    (3, 4096, 4096, "bfloat16", "bfloat16", None, ["quantize_tokens", "decode_fp8"]),
+    (16, 4096, 14336, "bfloat16", "bfloat16", "silu_mul", ["quantize_tokens", "decode_fp8"]),
+    (5, 576, 1536, "float32", "bfloat16", None, ["quantize_tokens", "decode_fp8"]),
+    (64, 28672, 4096, "bfloat16", "float32", "rms_norm", ["quantize_normalized", "decode_fp8"]),
     (100, 200, 96, "bfloat16", "bfloat16", None, ["quantize_ragged", "decode_fp8"]),
     (130, 192, 576, "bfloat16", "float32", "rms_norm", ["quantize_ragged", "gemm_fp8"]),
     (300, 8, 32, "float32", "float32", None, ["quantize_ragged", "gemm_fp8"]),
-    (200, 576, 1536, "bfloat16", "bfloat16", "silu_mul", ["quantize_many", "gemm_fp8"]),
-    (512, 4096, 14336, "bfloat16", "bfloat16", "silu_mul", ["quantize_many", "gemm_fp8"]),
-    (4096, 28672, 4096, "bfloat16", "bfloat16", "rms_norm", ["quantize_many", "gemm_fp8"]),
+    (200, 576, 1536, "bfloat16", "bfloat16", "silu_mul", ["quantize_tokens", "gemm_fp8"]),
+    (512, 4096, 14336, "bfloat16", "bfloat16", "silu_mul", ["quantize_tokens", "gemm_fp8"]),
+    (4096, 28672, 4096, "bfloat16", "bfloat16", "rms_norm", ["quantize_normalized", "gemm_fp8"]),
 ]
 
 

@@ -13,8 +13,8 @@ L, E, N, K = 2, 16, 1536, 4096
 # Rows, and the kernels of their tiles.
 ROWS = [
     (8, ["gemv_fp8"]),
-    (128, ["quantize_few", "decode_fp8"]),
-    (4096, ["quantize_few", "decode_fp8"]),
+    (128, ["quantize_tokens", "decode_fp8"]),
+    (4096, ["quantize_tokens", "decode_fp8"]),
 ]
 
 

@@ -109,6 +109,7 @@ def test_every_cut(M, N, K, config, out_dtype):
         (16, 6144, 4096, (16, 64, 1, 4, 1)),
         (16, 4096, 14336, (16, 64, 1, 4, 2)),
         (64, 28672, 4096, (64, 256, 2, 1, 1)),
+        (1, 4096, 4096, (8, 64, 1, 2, 2)),
         (64, 4096, 4096, (64, 64, 1, 2, 2)),
         (512, 4096, 14336, (128, 128, 2, 1, 1)),
         (4096, 28672, 4096, (128, 128, 2, 1, 1)),
@@ -117,6 +118,20 @@ def test_every_cut(M, N, K, config, out_dtype):
 )
 def test_how_products_are_cut_for_132_multiprocessors(M, N, K, config):
     assert dataclasses.astuple(w8a16_sm90.default_config(M, N, K, 132)) == config
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "out_dtype", "dequantizes"),
+    [
+        (4096, 28672, 4096, BF16, True),
+        (1024, 4096, 14336, BF16, True),
+        (1024, 6144, 4096, BF16, False),
+        (512, 28672, 4096, BF16, False),
+        (4096, 28672, 4096, F32, False),
+    ],
+)
+def test_which_products_dequantize(M, N, K, out_dtype, dequantizes):
+    assert w8a16_sm90.dequantizes(M, N, K, out_dtype) == dequantizes
 
 
 @pytest.mark.parametrize(("M", "name"), [(3, "rms_norm"), (9, "silu_mul")])
@@ -128,6 +143,23 @@ def test_what_stands_around_a_product(M, name):
     w = weight((3, 72, K))
     y = matmul(x, w, layer=1, implementation="mosaic_gpu", **around)
     assert_close(y, np.asarray(matmul(x, w, layer=1, implementation="xla", **around), np.float64))
+
+
+@pytest.mark.parametrize("out_dtype", [BF16, F32])
+def test_many_tokens_multiply_a_dequantized_weight(monkeypatch, out_dtype):
+    monkeypatch.setattr(w8a16_sm90, "_DEQUANTIZED_TOKENS", 40)
+    monkeypatch.setattr(w8a16_sm90, "_DEQUANTIZED_WORK", 40 * 72 * 288)
+    kernels, product = [], w8a16_sm90.product
+
+    def watched(*args, **kwargs):
+        kernels.append(args)
+        return product(*args, **kwargs)
+
+    monkeypatch.setattr(w8a16_sm90, "product", watched)
+    x, w = tokens((40, 288)), weight((3, 72, 288))
+    y = mosaic_gpu.matmul(x, w, -1, out_dtype)
+    assert_close(y, definition(x, w.qvalue[2], w.scale[2]))
+    assert bool(kernels) == (out_dtype == F32)  # which is not rounded on the way
 
 
 def test_a_scan_reads_each_layer_of_a_stack():

@@ -18,7 +18,8 @@ PRODUCTS = [
     (130, 192, 576, "float8_e4m3fn", "float32", "rms_norm"),
     (300, 8, 32, "float8_e4m3fn", "float32", None),
     (512, 4096, 14336, "float8_e4m3fn", "bfloat16", "silu_mul"),
-    (4096, 28672, 4096, "float8_e4m3fn", "bfloat16", None),
+    (1000, 28672, 4096, "float8_e4m3fn", "bfloat16", None),
+    (4096, 28672, 4096, "float8_e4m3fn", "float32", None),
 ]
 
 

@@ -31,7 +31,7 @@ def test_a_decode_step_of_one_token_is_five_products_and_attention(compiled):
     assert kernels(compiled["decode 1"]) == {
         "jaxquant_decode_attention": 1,
         "jaxquant_gemv_fp8": 5,
-        "jaxquant_quantize_few": 1,
+        "jaxquant_quantize_tokens": 1,
     }
 
 
