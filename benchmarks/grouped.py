@@ -27,7 +27,6 @@ import math
 import pathlib
 import sys
 import types
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -82,27 +81,21 @@ def joined(w: jq.QuantizedArray, experts: int) -> jq.QuantizedArray:
     return jax.tree.map(lambda leaf: leaf[: n * experts].reshape(n, -1, leaf.shape[-1]), w)
 
 
-def kernel_microseconds(run: Callable[..., Any], calls: list[tuple[Any, ...]]) -> dict[str, float]:
-    """Device time of a call by kernel, the mean over the calls."""
+def kernel_microseconds(run: Any, calls: list[tuple[Any, ...]]) -> dict[str, float]:
+    """Device time of a call of a jitted function by kernel: the mean of the calls' least."""
     from jax.experimental.mosaic.gpu import profiler
 
-    def all_calls() -> list[Any]:
-        return [run(*call) for call in calls]
-
-    jax.block_until_ready(all_calls())
-    times: Any
-    measure: Any = profiler.Cupti(finalize=False).measure
-    _, times = measure(all_calls, aggregate=False, iterations=REPEATS)()
-    totals = []
-    for kernels in times:
-        by_name: dict[str, float] = {}
-        for name, milliseconds in kernels:
-            by_name[name] = by_name.get(name, 0) + milliseconds * 1e3 / len(calls)
-        totals.append(by_name | {"all": sum(by_name.values())})
-    least = min(totals, key=lambda by_name: by_name["all"])
-    if not least["all"]:
-        raise RuntimeError("CUPTI saw no kernels")
-    return least
+    mean: dict[str, float] = {}
+    for call in calls:
+        times: Any
+        measure: Any = profiler.Cupti(finalize=False).measure
+        _, times = measure(run, aggregate=False, iterations=REPEATS)(*call)
+        if not times:
+            raise RuntimeError("CUPTI saw no kernels; is another process on the GPU?")
+        least = min(times, key=lambda kernels: sum(ms for _, ms in kernels))
+        for name, ms in [*least, ("all", sum(ms for _, ms in least))]:
+            mean[name] = mean.get(name, 0) + ms * 1e3 / len(calls)
+    return mean
 
 
 def dense(x: jax.Array, w: jq.QuantizedArray, layer: jax.Array) -> jax.Array:
