@@ -1,44 +1,62 @@
 """`grouped_matmul`: each row times the matrix of its group, as experts are applied to tokens."""
 
+import dataclasses
+import functools
+import logging
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int32
 
 from jaxquant.array import QuantizedArray
 from jaxquant.errors import JaxquantError
+from jaxquant.matmul import mosaic_gpu
 from jaxquant.matmul.api import IMPLEMENTATIONS, matmul
+from jaxquant.matmul.partition import across_devices
+from jaxquant.matmul.prologue import Prologue, SiluMul
+
+_logger = logging.getLogger(__name__)
 
 # Rows that one step of the reference multiplies, at most: dequantizing a matrix costs about as
 # much as multiplying a few rows by it, so beyond that there is nothing to gain.
 _MAX_TILE = 128
+# So few that they are gathered before they are quantized: two kernels rather than three.
+_FEW_ROWS = 1024
+# Rows of a matrix that wgmma takes, which the kernel multiplies at once.
+_MIN_N = 64
 
 
 def grouped_matmul(
-    x: Float[Array, "T K"],
+    x: Float[Array, "S A"],
     w: QuantizedArray | Float[Array, "*L E N K"],
     group_sizes: Int32[Array, " E"],
     *,
+    rows: Int32[Array, " T"] | None = None,
     layer: Any = None,
+    prologue: Prologue | None = None,
     preferred_element_type: Any = None,
     implementation: str | None = None,
 ) -> Float[Array, "T N"]:
-    """`y[t] = x[t] @ w[e]^T` for the group e that row t is in.
+    """`y[t] = prologue(x)[rows[t]] @ w[e]^T` for the group e that row t is in.
 
     The first `group_sizes[0]` rows are in group 0, the next `group_sizes[1]` in group 1, and so
-    on; groups may be empty. A row comes out as from `jaxquant.matmul(x[t], w[e])`, activation
-    quantization included. The sizes stay on the device: nothing waits for them, and a group may
-    be of any size.
+    on; groups may be empty. A row comes out as from `jaxquant.matmul`, activation quantization
+    included. The sizes stay on the device: nothing waits for them, and a group may be of any size.
 
     Args:
-      x: `[T, K]`, floating, sorted by group.
+      x: `[S, K]`, floating; or what the prologue makes that of.
       w: `[E, N, K]`, K-major, quantized or not; or a stack `[L, E, N, K]` with `layer`.
       group_sizes: `[E]` int32. Rows beyond their sum come out as zeros.
+      rows: `[T]` int32, which row of x is multiplied, sorted by group: rows that are in several
+        groups are quantized once. Without it x is sorted by group itself.
       layer: which of the stack, possibly traced.
+      prologue: applied to x; see `jaxquant.matmul.prologue`.
       preferred_element_type: dtype of the result; default x's.
-      implementation: of the products; see `jaxquant.matmul`.
+      implementation: of the products; see `jaxquant.matmul`. On a Hopper GPU they are one kernel,
+        elsewhere, and of what it does not take, a loop over tiles.
 
     Returns:
       `[T, N]`.
@@ -50,17 +68,146 @@ def grouped_matmul(
     >>> grouped_matmul(x, w, jnp.array([1, 2], jnp.int32))[:, 0].tolist()
     [1.0, 2.0, 2.0]
     """
-    _check(x, w, group_sizes, layer)
+    _check(x, w, group_sizes, layer, prologue)
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise JaxquantError(
             f"grouped_matmul: implementation is {implementation!r}; "
             f"allowed: {', '.join(IMPLEMENTATIONS)}"
         )
     out_dtype = jnp.dtype(x.dtype if preferred_element_type is None else preferred_element_type)
-    return _tiled(x, w, group_sizes, layer, out_dtype, implementation)
+    if not isinstance(w, QuantizedArray):
+        x = _rows_of(x, rows, layer, prologue)
+        return tiled(x, w, group_sizes, layer, out_dtype, implementation)
+    return _quantized(x, w, group_sizes, rows, layer, prologue, out_dtype, implementation)
 
 
-def _tiled(
+@functools.partial(jax.custom_jvp, nondiff_argnums=(6, 7))
+def _quantized(
+    x: Array,
+    w: QuantizedArray,
+    group_sizes: Array,
+    rows: Array | None,
+    layer: Any,
+    prologue: Prologue | None,
+    out_dtype: Any,
+    implementation: str | None,
+) -> Array:
+    if implementation in (None, "mosaic_gpu"):
+        try:
+            return _in_one_kernel(x, w, group_sizes, rows, layer, prologue, out_dtype)
+        except NotImplementedError as reason:
+            _logger.debug("grouped_matmul of x %s: a loop over tiles; %s", list(x.shape), reason)
+    x = _rows_of(x, rows, layer, prologue)
+    return tiled(x, w, group_sizes, layer, out_dtype, implementation)
+
+
+@_quantized.defjvp
+def _straight_through(
+    out_dtype: Any, implementation: str | None, primals: Any, tangents: Any
+) -> tuple[Array, Array]:
+    # As for `jaxquant.matmul`: quantizing x counts as the identity.
+    x, w, group_sizes, rows, layer, prologue = primals
+    dx, *_, dprologue = tangents
+    y = _quantized(*primals, out_dtype, implementation)
+    _, dx = jax.jvp(
+        lambda x, prologue: _rows_of(x, rows, layer, prologue), (x, prologue), (dx, dprologue)
+    )
+    weight_only = dataclasses.replace(w, activation_scheme=None)
+    return y, tiled(dx, weight_only, group_sizes, layer, out_dtype, "xla")
+
+
+def _rows_of(x: Array, rows: Array | None, layer: Any, prologue: Prologue | None) -> Array:
+    """`prologue(x)[rows]`."""
+    x = x if prologue is None else prologue(x, layer)
+    return x if rows is None else x[rows]
+
+
+def _in_one_kernel(
+    x: Array,
+    w: QuantizedArray,
+    group_sizes: Array,
+    rows: Array | None,
+    layer: Any,
+    prologue: Prologue | None,
+    out_dtype: Any,
+) -> Array:
+    """All products in one kernel, after the one that quantizes x.
+
+    Raises:
+      NotImplementedError: the device or the operands are not what the kernel takes; says why.
+    """
+    sms = mosaic_gpu.multiprocessors(x, "FP8 products")
+    mosaic_gpu.check_operands(x, w, out_dtype)
+    (N, K), T = w.qvalue.shape[-2:], len(x if rows is None else rows)
+    for what, allowed, taken in (
+        ("the experts are weight-only", "those of quantized activations", w.activation_scheme),
+        (f"the result is {out_dtype}", "bfloat16", out_dtype == jnp.bfloat16),
+        (f"N is {N}", f"{_MIN_N} or more", N >= _MIN_N),
+        (f"K is {K}", "multiples of 128", K % 128 == 0),
+        ("there are no rows", "one or more", T > 0),
+    ):
+        if not taken:
+            raise NotImplementedError(f"mosaic_gpu: {what}; the kernel of experts takes {allowed}")
+    if not isinstance(prologue, SiluMul) and prologue is not None:
+        x, prologue = prologue(x, layer), None
+    if rows is not None and T <= _FEW_ROWS:
+        x, rows, prologue = _rows_of(x, rows, layer, prologue), None, None
+    stacks = [a.reshape(-1, *a.shape[-2:]) for a in (w.qvalue, w.scale)]
+    layer = jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1)
+    return _kernels(sms)(x, (*stacks, prologue, None), (layer, group_sizes, rows))
+
+
+@functools.cache
+def _kernels(sms: int) -> Any:
+    @sequential_vmap
+    def run(x, stacks, index):
+        args = x, None, stacks, index
+        return across_devices(_run, *args, out_dtype=jnp.bfloat16, sms=sms, tokens_apart=False)
+
+    return run
+
+
+# Compiled once a shape, also where the caller does not jit.
+@functools.partial(jax.jit, static_argnames=("out_dtype", "sms"))
+def _run(
+    x: Float[Array, "S A"],
+    residual: None,
+    stacks: Any,
+    index: Any,
+    *,
+    out_dtype: Any,
+    sms: int,
+) -> Float[Array, "T N"]:
+    """Quantizes x and multiplies."""
+    # Imported here: Mosaic GPU is there only where jaxlib was built with it.
+    from jaxquant.matmul import grouped_sm90
+    from jaxquant.matmul.act_quant_sm90 import quantize
+    from jaxquant.matmul.sm90 import in_stack, round_up
+
+    (qvalue, scale, prologue, _), (layer, group_sizes, rows) = stacks, index
+    E, (N, K) = group_sizes.shape[0], qvalue.shape[1:]
+    if out_dtype != jnp.bfloat16:  # the part of a sum that a device of a mesh has
+        one = qvalue, scale, None, None
+
+        def product(x, group):
+            at = in_stack(layer, len(qvalue) // E) * E + group
+            return mosaic_gpu._run(x, None, one, at, out_dtype=out_dtype, sms=sms)
+
+        return _tiled(_rows_of(x, rows, layer[0], prologue), group_sizes, N, out_dtype, product)
+    xq, sx = quantize(prologue, x, layer, K, round_up(len(x), 8))
+    T = len(x)
+    if rows is not None:
+        T = len(rows)
+        xq = xq[jnp.pad(rows, (0, -T % 8))]
+        sx = sx[:, jnp.pad(rows, (0, -T % 64))]
+    config = grouped_sm90.default_config(T, E, N, sms)
+    return grouped_sm90.grouped(
+        xq, sx, qvalue, scale, group_sizes, layer,
+        T=T, out_dtype=out_dtype, config=config, sms=sms,
+    )  # fmt: skip
+
+
+def tiled(
     x: Array,
     w: QuantizedArray | Array,
     group_sizes: Array,
@@ -68,16 +215,27 @@ def _tiled(
     out_dtype: Any,
     implementation: str | None,
 ) -> Array:
-    """A loop over tiles of rows, each within one group.
-
-    Only matrices of groups that have rows are read.
-    """
-    T, E = x.shape[0], group_sizes.shape[0]
+    """A loop over tiles of rows, each within one group."""
     matrices = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[-2:]), w)
-    N = _storage(w).shape[-2]
+    first = 0 if layer is None else layer * group_sizes.shape[0]
+
+    def product(rows: Array, group: Array) -> Array:
+        return matmul(
+            rows,
+            matrices,
+            layer=first + group,
+            preferred_element_type=out_dtype,
+            implementation=implementation,
+        )
+
+    return _tiled(x, group_sizes, _storage(w).shape[-2], out_dtype, product)
+
+
+def _tiled(x: Array, group_sizes: Array, N: int, out_dtype: Any, product: Any) -> Array:
+    """`tiled`, by `product(rows, group)`. Only matrices of groups that have rows are read."""
+    T, E = x.shape[0], group_sizes.shape[0]
     if T == 0:
         return jnp.zeros((0, N), out_dtype)
-    first = 0 if layer is None else layer * E
     tile = min(T, _MAX_TILE, 1 << (-(-T // E) - 1).bit_length())
     tiles = -(-group_sizes // tile)
     stop, last_tile = jnp.cumsum(group_sizes), jnp.cumsum(tiles)
@@ -88,17 +246,9 @@ def _tiled(
         start = jnp.minimum(begin, T - tile)  # the last tile may reach back, never beyond the end
         rows = start + jnp.arange(tile)
         mine = (rows >= begin) & (rows < stop[group])
-        product = matmul(
-            lax.dynamic_slice_in_dim(x, start, tile),
-            matrices,
-            layer=first + group,
-            preferred_element_type=out_dtype,
-            implementation=implementation,
-        )
+        after = product(lax.dynamic_slice_in_dim(x, start, tile), group)
         before = lax.dynamic_slice_in_dim(y, start, tile)
-        return lax.dynamic_update_slice_in_dim(
-            y, jnp.where(mine[:, None], product, before), start, 0
-        )
+        return lax.dynamic_update_slice_in_dim(y, jnp.where(mine[:, None], after, before), start, 0)
 
     return lax.fori_loop(0, last_tile[-1], step, jnp.zeros((T, N), out_dtype))
 
@@ -108,13 +258,15 @@ def _storage(w: QuantizedArray | Array) -> Array:
     return w.qvalue if isinstance(w, QuantizedArray) else w
 
 
-def _check(x: Any, w: Any, group_sizes: Any, layer: Any) -> None:
+def _check(x: Any, w: Any, group_sizes: Any, layer: Any, prologue: Any) -> None:
     shape = _storage(w).shape
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise JaxquantError(f"grouped_matmul: x has dtype {x.dtype}; allowed: a floating dtype")
     if len(shape) != (3 if layer is None else 4):
         want = "[E, N, K] (a stack [L, E, N, K] needs layer=)" if layer is None else "[L, E, N, K]"
         raise JaxquantError(f"grouped_matmul: w is stored as {list(shape)}; allowed: {want}")
+    if prologue is not None:
+        x = jax.eval_shape(prologue, x, layer)
     if x.ndim != 2 or x.shape[-1] != shape[-1]:
         raise JaxquantError(
             f"grouped_matmul: x {list(x.shape)} does not fit w stored as {list(shape)}; "

@@ -49,7 +49,7 @@ def matmul(
     weight_only = w.activation_scheme is None
     if prologue is not None and (weight_only or not _fuses(prologue, x)):
         x, prologue = prologue(x, layer), None
-    _check_operands(x, w, out_dtype)
+    check_operands(x, w, out_dtype)
     out_dtype = jnp.dtype(out_dtype)
     stacks = jnp.asarray(w.qvalue), jnp.asarray(w.scale)
     if layer is None:
@@ -74,7 +74,13 @@ def _fuses(prologue: Prologue, x: Any) -> bool:
     return isinstance(prologue, SiluMul)
 
 
-def _check_operands(x: Any, w: QuantizedArray, out_dtype: Any) -> None:
+def check_operands(x: Any, w: QuantizedArray, out_dtype: Any) -> None:
+    """Refuses what no kernel takes.
+
+    Raises:
+      NotImplementedError: says what it is.
+    """
+
     def refuse(what: str, allowed: str) -> None:
         raise NotImplementedError(f"mosaic_gpu: {what}; the kernels take {allowed}")
 

@@ -80,7 +80,7 @@ def ring_stages(slot_bytes: int, result_bytes: int, steps: int, most: int) -> in
     return max(2, min(most, (SMEM_BYTES - result_bytes) // slot_bytes, steps))
 
 
-def for_each_tile(tiles: int, init: Any, body: Callable[[Any, Any], Any]) -> Any:
+def for_each_tile(tiles: Any, init: Any, body: Callable[[Any, Any], Any]) -> Any:
     """`carry = body(tile, carry)` over this thread block's share of `tiles` tiles."""
 
     @plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=init)
@@ -91,15 +91,18 @@ def for_each_tile(tiles: int, init: Any, body: Callable[[Any, Any], Any]) -> Any
 
 
 def fill_ring(
-    tiles: int,
+    tiles: Any,
     steps: int,
     stages: int,
     empty: Any,
     copy: Callable[[Any, Any, Any], None],
+    find: Callable[[Any], Any] = lambda tile: tile,
 ) -> None:
-    """The producer: `copy(tile, step, slot)` for each tile and each of its `steps` K blocks."""
+    """The producer: `copy(find(tile), step, slot)` for each tile and each of its K blocks."""
 
     def fill_tile(tile, carry):
+        found = find(tile)
+
         def fill_slot(step, carry):
             slot, filled = carry
 
@@ -110,7 +113,7 @@ def fill_ring(
                 # the copies that overwrite them.
                 plgpu.commit_smem()
 
-            copy(tile, step, slot)
+            copy(found, step, slot)
             return next_slot(slot, stages), jnp.minimum(filled + 1, stages)
 
         return lax.fori_loop(0, steps, fill_slot, carry)

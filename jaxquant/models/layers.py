@@ -105,11 +105,21 @@ class ExpertLinear(nnx.Module):
         self.weight = unloaded(len(stack.layers), E, self.rows[-1][1], K, dtype=dtype)
 
     def __call__(
-        self, x: Float[Array, "T K"], group_sizes: Int[Array, " E"], layer: Any
-    ) -> list[Float[Array, "T _"]]:
-        """The projections of one layer; x is sorted by expert, see `grouped_matmul`."""
-        y = grouped_matmul(x, self.weight.get_value(), group_sizes, layer=layer)
-        return [y[:, start:end] for start, end in self.rows]
+        self,
+        x: Float[Array, "S A"],
+        group_sizes: Int[Array, " E"],
+        layer: Any,
+        *,
+        rows: Int[Array, " T"] | None = None,
+        prologue: Prologue | None = None,
+    ) -> Float[Array, "T _"]:
+        """The projections of one layer, one behind the other; see `grouped_matmul`."""
+        y = grouped_matmul(
+            x, self.weight.get_value(), group_sizes, rows=rows, layer=layer, prologue=prologue
+        )
+        if sum(end - start for start, end in self.rows) == y.shape[1]:
+            return y
+        return jnp.concatenate([y[:, start:end] for start, end in self.rows], axis=1)
 
 
 class SeparateLinear(nnx.Module):

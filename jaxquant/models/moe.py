@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
-from jaxquant.matmul import matmul
+from jaxquant.matmul import SiluMul, matmul
 from jaxquant.models.decoder import Decoder
 from jaxquant.models.dense import MLP, Attention, DenseConfig
 from jaxquant.models.fused import FusedRows, StackedExperts
@@ -139,17 +139,36 @@ def apply_experts(
       weights: of the chosen experts.
       experts: their numbers.
       num_experts: how many there are.
-      run: the experts: rows `[T * k, K]` sorted by expert, and how many there are of each, to rows
-        of the same shape.
+      run: the experts: x, which of its rows to take, `[T * k]` sorted by expert, and how many there
+        are of each expert, to rows `[T * k, K]`.
     """
-    k = experts.shape[1]
-    order = jnp.argsort(experts.reshape(-1), stable=True)
-    sizes = jnp.bincount(experts.reshape(-1), length=num_experts).astype(jnp.int32)
-    y = run(x[order // k], sizes)
-    y = y[jnp.argsort(order)].reshape(*experts.shape, -1)
-    return jnp.einsum("tk,tkn->tn", weights, y.astype(jnp.float32), precision="highest").astype(
-        x.dtype
-    )
+    rows, places, sizes = sorted_by_expert(experts, num_experts)
+    y = run(x, rows, sizes)[places].astype(jnp.float32)
+    return jnp.sum(weights[..., None] * y, axis=1).astype(x.dtype)
+
+
+def sorted_by_expert(
+    experts: Int32[Array, "T k"], num_experts: int
+) -> tuple[Int32[Array, " Tk"], Int32[Array, "T k"], Int32[Array, " E"]]:
+    """The tokens sorted by expert, where each token's are among them, and how many an expert has.
+
+    A few are compared each with each, which is one or two kernels where a sort is several.
+    """
+    (T, k), flat = experts.shape, experts.reshape(-1)
+    sizes = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+    index = jnp.arange(T * k, dtype=jnp.int32)
+    if T * k > _FEW:
+        _, order = jax.lax.sort((flat, index), num_keys=1, is_stable=True)
+        places = jnp.zeros_like(index).at[order].set(index, unique_indices=True)
+        return order // k, places.reshape(T, k), sizes
+    before = (flat < flat[:, None]) | ((flat == flat[:, None]) & (index < index[:, None]))
+    places = jnp.sum(before, axis=1, dtype=jnp.int32)
+    rows = jnp.sum(jnp.where(places == index[:, None], index // k, 0), axis=1, dtype=jnp.int32)
+    return rows, places.reshape(T, k), sizes
+
+
+# So many squared are compared in the time of a launch or two.
+_FEW = 1024
 
 
 class Router(nnx.Module):
@@ -192,12 +211,15 @@ class Experts(nnx.Module):
         self.down_proj = ExpertLinear(E, {down: narrow}, wide, stack, dtype=dtype)
 
     def __call__(
-        self, x: Float[Array, "T K"], group_sizes: Int32[Array, " E"], l: Any
-    ) -> Float[Array, "T K"]:
-        """Applies the experts of one layer; x is sorted by expert."""
-        gate, up = self.gate_up_proj(x, group_sizes, l)
-        (y,) = self.down_proj(jax.nn.silu(gate) * up, group_sizes, l)
-        return y
+        self,
+        x: Float[Array, "T K"],
+        rows: Int32[Array, " Tk"],
+        group_sizes: Int32[Array, " E"],
+        l: Any,
+    ) -> Float[Array, "Tk K"]:
+        """Applies the experts of one layer to rows of x, which are sorted by expert."""
+        gate_up = self.gate_up_proj(x, group_sizes, l, rows=rows)
+        return self.down_proj(gate_up, group_sizes, l, prologue=SiluMul())
 
 
 class MoE(nnx.Module):
@@ -216,9 +238,8 @@ class MoE(nnx.Module):
         """Applies the experts of one layer."""
         rows = x.reshape(-1, x.shape[-1])
         weights, experts = self.gate(rows, l, self.routing)
-        y = apply_experts(
-            rows, weights, experts, self.routing.num_experts, lambda x, n: self.experts(x, n, l)
-        )
+        E = self.routing.num_experts
+        y = apply_experts(rows, weights, experts, E, lambda x, of, n: self.experts(x, of, n, l))
         return y.reshape(x.shape)
 
 

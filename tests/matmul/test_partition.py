@@ -52,6 +52,14 @@ def test_a_product_is_cut_in_a_scan_and_under_vmap_and_grad(results):
         assert not gathered
 
 
+@pytest.mark.parametrize(("spec", "needed"), [("--x-", []), ("---x", ["all-reduce"])])
+def test_experts_are_cut_as_their_weight(results, spec, needed):
+    error, collectives, gathered = results[f"experts {spec}"]
+    assert error <= 3e-6
+    assert collectives == needed
+    assert not gathered
+
+
 def run_all() -> dict:
     import jax
     import jax.numpy as jnp
@@ -60,7 +68,7 @@ def run_all() -> dict:
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
     from jaxquant.array import QuantizedArray
-    from jaxquant.matmul import RMSNorm, SiluMul, matmul, mosaic_gpu, xla
+    from jaxquant.matmul import RMSNorm, SiluMul, grouped, grouped_matmul, matmul, mosaic_gpu, xla
 
     def stand_in(x, residual, stacks, layer, *, out_dtype, sms):
         qvalue, scale, prologue, bias = stacks
@@ -68,6 +76,16 @@ def run_all() -> dict:
         w = QuantizedArray(qvalue, scale, (128, 128), np.dtype(jnp.bfloat16))
         return xla.matmul(x, w, layer[0], out_dtype, prologue, bias, residual)
 
+    def experts_stand_in(x, residual, stacks, index, *, out_dtype, sms):
+        qvalue, scale, prologue, _ = stacks
+        assert qvalue.shape[1] % 128 == 0
+        layer, sizes, rows = index
+        w = QuantizedArray(qvalue, scale, (128, 128), np.dtype(jnp.bfloat16))
+        w = jax.tree.map(lambda leaf: leaf.reshape(-1, len(sizes), *leaf.shape[1:]), w)
+        x = (x if prologue is None else prologue(x))[rows]
+        return grouped.tiled(x, w, sizes, layer[0], out_dtype, "xla")
+
+    grouped._run, grouped._FEW_ROWS = experts_stand_in, 0
     mosaic_gpu.multiprocessors = lambda x, what: 2
     mosaic_gpu._run = stand_in
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
@@ -122,6 +140,18 @@ def run_all() -> dict:
     x = put(normal(M, K), "")
     for run in (scan, vmap, grad):
         results[run.__name__] = measure(run, x, weight("-xy"))
+    E, sizes, rows = 4, jnp.asarray([5, 0, 9, 2], jnp.int32), jnp.asarray(rng.permutation(M))
+
+    def experts(x, qvalue, scale):
+        w = QuantizedArray(qvalue, scale, (128, 128), np.dtype(jnp.bfloat16))
+        of = grouped_matmul(x, w, sizes, rows=rows, layer=jnp.int32(1), prologue=SiluMul())
+        return of.astype(jnp.float32)
+
+    for spec in ("--x-", "---x"):
+        qvalue = put((normal(L, E, N, K) * 60).astype(jnp.float8_e4m3fn), spec)
+        scale = put(np.exp(normal(L, E, N // 128, K // 128)), spec)
+        x = put(normal(M, 2 * K), "").astype(jnp.bfloat16)
+        results[f"experts {spec}"] = measure(experts, x, qvalue, scale)
     return results
 
 

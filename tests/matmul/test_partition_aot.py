@@ -28,6 +28,13 @@ def test_each_device_multiplies_its_part_where_it_lies(compiled, case, kernel):
     assert "all-gather" not in compiled[case]
 
 
+def test_experts_stay_where_they_are(compiled):
+    text = compiled["experts"]
+    assert "jaxquant_grouped_fp8" in text
+    assert "all-reduce" in text
+    assert not re.search(r"f8e4m3fn\S* all-gather|u8\S* all-gather", text)
+
+
 def compile_all() -> dict[str, str | None]:
     import jax
     import jax.numpy as jnp
@@ -35,7 +42,7 @@ def compile_all() -> dict[str, str | None]:
     from jax.sharding import NamedSharding, PartitionSpec
 
     from jaxquant.array import QuantizedArray
-    from jaxquant.matmul import matmul
+    from jaxquant.matmul import SiluMul, grouped_matmul, matmul
 
     mesh = h200s(2)
     rows, columns = PartitionSpec("x"), PartitionSpec(None, "x")
@@ -63,15 +70,25 @@ def compile_all() -> dict[str, str | None]:
     def plain(x, up, down):
         return matmul(matmul(x, up), down, preferred_element_type=jnp.float32)
 
+    def of_experts(x, up, down, sizes):
+        return grouped_matmul(grouped_matmul(x, up, sizes), down, sizes, prologue=SiluMul())
+
+    def experts(spec, N, K):
+        qvalue = shaped((E, N, K), jnp.float8_e4m3fn, PartitionSpec(None, *spec))
+        scale = shaped((E, N // 128, K // 128), jnp.float32, PartitionSpec(None, *spec))
+        return QuantizedArray(qvalue, scale, (128, 128), np.dtype(jnp.bfloat16))
+
+    E, sizes = 4, shaped((4,), jnp.int32, PartitionSpec())
     x = shaped((M, K), jnp.bfloat16, PartitionSpec())
     cases = {
         "shard_map": (sharded, weight(rows), weight(columns)),
         "jit": (plain, weight(rows), weight(columns)),
         "jit, weight-only": (plain, weight(rows, None), weight(columns, None)),
+        "experts": (of_experts, experts(rows, 2 * K, K), experts(columns, K, K), sizes),
     }
     return {
-        case: jax.jit(run).lower(x, *weights).compile().as_text()
-        for case, (run, *weights) in cases.items()
+        case: jax.jit(run).lower(x, *rest).compile().as_text()
+        for case, (run, *rest) in cases.items()
     }
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from jaxquant.models import moe
 from jaxquant.models.hf_config import HFConfig
 from jaxquant.models.moe import Routing, apply_experts, read_routing
 
@@ -72,10 +73,10 @@ def test_experts_of_each_token_are_added_up_by_weight():
     x, w = rng.standard_normal((T, K)), rng.standard_normal((E, K, K))
     weights, experts = Routing(E, 3).choose(jnp.asarray(LOGITS))
 
-    def run(rows, sizes):
-        assert rows.shape == (T * 3, K)
+    def run(x, rows, sizes):
+        assert rows.shape == (T * 3,)
         e = np.repeat(np.arange(E), np.asarray(sizes))
-        return jnp.einsum("tk,tnk->tn", rows, jnp.asarray(w)[e], precision="highest")
+        return jnp.einsum("tk,tnk->tn", x[rows], jnp.asarray(w)[e], precision="highest")
 
     got = apply_experts(jnp.asarray(x, jnp.float32), weights, experts, E, run)
     want = np.einsum("te,enk,tk->tn", as_dense(weights, experts), w, x)
@@ -85,8 +86,20 @@ def test_experts_of_each_token_are_added_up_by_weight():
 def test_a_token_is_dropped_nowhere():
     x = jnp.ones((T, 2))
     experts = jnp.full((T, 1), 7)  # all to one expert
-    got = apply_experts(x, jnp.ones((T, 1)), experts, E, lambda rows, _: 3 * rows)
+    got = apply_experts(x, jnp.ones((T, 1)), experts, E, lambda x, rows, _: 3 * x[rows])
     assert np.array_equal(got, 3 * x)
+
+
+@pytest.mark.parametrize("few", [0, 1000])  # by a sort, and by comparison
+@pytest.mark.parametrize("T", [1, 7, 40])
+def test_tokens_are_sorted_by_expert(monkeypatch, T, few):
+    monkeypatch.setattr(moe, "_FEW", few)
+    experts = rng.integers(0, E, (T, 3))
+    rows, places, sizes = moe.sorted_by_expert(jnp.asarray(experts, jnp.int32), E)
+    assert np.array_equal(sizes, np.bincount(experts.ravel(), minlength=E))
+    order = np.argsort(experts.ravel(), kind="stable")
+    assert np.array_equal(rows, order // 3)
+    assert np.array_equal(places, np.argsort(order).reshape(T, 3))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,239 @@
+"""Times products with FP8 experts on a GPU: their kernel, a loop over tiles, dense products.
+
+    python benchmarks/grouped.py [-t 1 512] [-o benchmarks/results/grouped-h200.md]
+
+Each token goes to 8 experts at random. What an expert's product needs at least is set beside it:
+
+    same bytes  `matmul` of a dense weight as large as the experts that have tokens, by as many
+                tokens as these have on average: the same bytes and the same FLOPs
+    one expert  `matmul` of all rows by one expert: the same FLOPs
+    loop        tile by tile, each by `matmul`
+    grouped     the kernel of all experts
+    with quant  the same with the kernel that quantizes the activations before
+
+All but "grouped" quantize BF16 activations. Then a layer of Qwen3-30B-A3B's experts from the
+router to the weighted sum, in FP8 and in BF16, which is a loop over tiles.
+
+One clock for all: the durations of the kernels on the device, by CUPTI, added up; gaps between
+kernels, of which a loop has many, are in none of them. Calls take turns with routings and tokens
+of their own; where few experts are hit, these differ from call to call, and otherwise they are
+more than the L2 cache holds. The least of the repeats.
+"""
+
+import argparse
+import datetime
+import functools
+import math
+import pathlib
+import sys
+import types
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+from flax import nnx
+from jax import lax
+
+import jaxquant as jq
+from jaxquant.matmul import grouped, grouped_matmul
+from jaxquant.models.layers import Stack
+from jaxquant.models.moe import MoE, Routing
+
+# Experts, N, K.
+SHAPES = ((128, 1536, 4096), (64, 2816, 2048))
+TOKENS = (1, 16, 64, 512, 4096)
+TOP_K = 8
+SETS = 4
+REPEATS = 3
+KERNEL = "jaxquant_grouped_fp8"
+# Layers, experts, intermediate and hidden size of Qwen3-30B-A3B.
+MOE_LAYER = (2, 128, 768, 2048)
+
+
+def random_experts(shape: tuple[int, ...]) -> jq.QuantizedArray:
+    """A quantized weight `[..., N, K]` of random bytes."""
+    *lead, N, K = shape
+
+    @jax.jit
+    def make(key):
+        def matrix(key):
+            return (jax.random.normal(key, (N, K), jnp.bfloat16) * 100).astype(jnp.float8_e4m3fn)
+
+        return lax.map(matrix, jax.random.split(key, math.prod(lead))).reshape(shape)
+
+    scale = jnp.full((*lead, -(-N // 128), -(-K // 128)), 1e-2)
+    return jq.QuantizedArray(make(jax.random.key(0)), scale, (128, 128), np.dtype(jnp.bfloat16))
+
+
+def routing(tokens: int, E: int, seed: int) -> np.ndarray:
+    """How many of the tokens each expert has."""
+    rng = np.random.default_rng((tokens, seed))
+    chosen = [rng.choice(E, TOP_K, replace=False) for _ in range(tokens)]
+    return np.bincount(np.concatenate(chosen), minlength=E).astype(np.int32)
+
+
+def joined(w: jq.QuantizedArray, experts: int) -> jq.QuantizedArray:
+    """A stack of matrices, each of so many experts one below the other."""
+    n = w.qvalue.shape[0] // experts
+    return jax.tree.map(lambda leaf: leaf[: n * experts].reshape(n, -1, leaf.shape[-1]), w)
+
+
+def kernel_microseconds(run: Any, calls: list[tuple[Any, ...]]) -> dict[str, float]:
+    """Device time of a call of a jitted function by kernel: the mean of the calls' least."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    mean: dict[str, float] = {}
+    for call in calls:
+        times: Any
+        measure: Any = profiler.Cupti(finalize=False).measure
+        _, times = measure(run, aggregate=False, iterations=REPEATS)(*call)
+        if not times:
+            raise RuntimeError("CUPTI saw no kernels; is another process on the GPU?")
+        least = min(times, key=lambda kernels: sum(ms for _, ms in kernels))
+        for name, ms in [*least, ("all", sum(ms for _, ms in least))]:
+            mean[name] = mean.get(name, 0) + ms * 1e3 / len(calls)
+    return mean
+
+
+def dense(x: jax.Array, w: jq.QuantizedArray, layer: jax.Array) -> jax.Array:
+    return jq.matmul(x, w, layer=layer)
+
+
+def loop(x: jax.Array, w: jq.QuantizedArray, sizes: jax.Array) -> jax.Array:
+    return grouped.tiled(x, w, sizes, None, x.dtype, None)
+
+
+def measure(w: jq.QuantizedArray, tokens: int) -> dict[str, float]:
+    """Microseconds by column, and the mean number of experts that are hit."""
+    E, _, K = w.qvalue.shape
+    T = tokens * TOP_K
+    routings = [routing(tokens, E, seed) for seed in range(SETS)]
+    hit = round(np.mean([(sizes > 0).sum() for sizes in routings]))
+    keys = jax.random.split(jax.random.key(1), SETS)
+    xs = [jax.random.normal(key, (T, K), jnp.bfloat16) for key in keys]
+    calls = [(x, w, jnp.asarray(sizes)) for x, sizes in zip(xs, routings, strict=True)]
+    stack = joined(w, hit)
+    rows = [x[: -(-T // hit)] for x in xs]
+    jobs: dict[str, tuple[Any, list[Any]]] = {
+        "same bytes": (dense, [(x, stack, jnp.int32(i)) for i, x in enumerate(rows)]),
+        "one expert": (dense, [(x, w, jnp.int32(i)) for i, x in enumerate(xs)]),
+        "loop": (loop, calls),
+        "grouped": (functools.partial(grouped_matmul, implementation="mosaic_gpu"), calls),
+    }
+    if T < E:  # no expert's weight is read for long
+        del jobs["one expert"]
+    with ThreadPoolExecutor() as pool:
+        compiled = pool.map(lambda job: jax.jit(job[0]).lower(*job[1][0]).compile(), jobs.values())
+        runs = dict(zip(jobs, compiled, strict=True))
+    times = {name: kernel_microseconds(runs[name], calls) for name, (_, calls) in jobs.items()}
+    row = {name: us["all"] for name, us in times.items() if name != "grouped"}
+    kernel = next(us for name, us in times["grouped"].items() if name.startswith(KERNEL))
+    return {"hit": hit, **row, "grouped": kernel, "with quant": times["grouped"]["all"]}
+
+
+HEADER = """\
+| tokens | experts hit | same bytes | one expert | loop | grouped | with quant | to dense | to loop | TB/s | TFLOP/s |
+|-------:|------------:|-----------:|-----------:|-----:|--------:|-----------:|---------:|--------:|-----:|--------:|"""  # noqa: E501
+
+
+def table_row(N: int, K: int, tokens: int, us: dict[str, float]) -> str:
+    """One line of the table; "to dense" is with quant by the same bytes."""
+    least = us["same bytes"]
+    columns = ("same bytes", "one expert", "loop", "grouped", "with quant")
+    cells = [f"{us[c]:.1f}" if c in us else "" for c in columns]
+    ratios = [f"{us['with quant'] / least:.2f}", f"{us['loop'] / us['with quant']:.2f}"]
+    rates = (
+        us["hit"] * N * K / us["grouped"] / 1e6,
+        2 * tokens * TOP_K * N * K / us["grouped"] / 1e6,
+    )
+    rate_cells = [f"{rates[0]:.2f}", f"{rates[1]:.0f}"]
+    return f"| {' | '.join([str(tokens), f'{us["hit"]:.0f}', *cells, *ratios, *rate_cells])} |"
+
+
+BLOCK_HEADER = """
+## A layer of Qwen3-30B-A3B, router to weighted sum
+
+| tokens | FP8 | of it the experts | BF16 | to BF16 |
+|-------:|----:|------------------:|-----:|--------:|"""
+
+
+def moe_layer(shape: tuple[int, ...], fp8: bool) -> tuple[Any, Any]:
+    """A function of a state, tokens and a layer, and the state: `[L, E, 2 W, H]` experts."""
+    L, E, W, H = shape
+    config: Any = types.SimpleNamespace(
+        routing=Routing(E, TOP_K), hidden_size=H, moe_intermediate_size=W, correction=False
+    )
+    moe = MoE(config, Stack(range(L)), jnp.bfloat16)
+
+    @jax.jit
+    def widened(w):  # matrix by matrix: a stack in float32 is large
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), w)
+        return lax.map(jq.dequantize, flat).reshape(w.shape)
+
+    for linear, N, K in ((moe.experts.gate_up_proj, 2 * W, H), (moe.experts.down_proj, H, W)):
+        w: Any = random_experts((L, E, N, K))
+        linear.weight.set_value(w if fp8 else widened(w))
+    moe.gate.weight.set_value(jax.random.normal(jax.random.key(2), (L, E, H), jnp.bfloat16))
+    definition, state = nnx.split(moe)
+    return lambda state, x, l: nnx.merge(definition, state)(x[None], l), state
+
+
+def measure_layer(tokens: list[int]) -> list[str]:
+    """The lines of the table of a whole layer."""
+    times: dict[bool, list[dict[str, float]]] = {}
+    L, *sizes = MOE_LAYER
+    for fp8 in (True, False):
+        run, state = moe_layer((L, *sizes), fp8)
+        times[fp8] = []
+        for T in tokens:
+            keys = jax.random.split(jax.random.key(3), SETS)
+            xs = [jax.random.normal(key, (T, sizes[-1]), jnp.bfloat16) for key in keys]
+            calls = [(state, x, jnp.int32(i % L)) for i, x in enumerate(xs)]
+            times[fp8].append(kernel_microseconds(jax.jit(run), calls))
+        del state
+    lines = []
+    for T, fp8, bf16 in zip(tokens, times[True], times[False], strict=True):
+        kernels = sum(us for name, us in fp8.items() if name.startswith(KERNEL))
+        cells = [f"{us:.1f}" for us in (fp8["all"], kernels, bf16["all"])]
+        lines.append(f"| {T} | {' | '.join(cells)} | {bf16['all'] / fp8['all']:.2f} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    default = pathlib.Path(__file__).parent / "results" / "grouped-h200.md"
+    parser.add_argument("-t", "--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("-o", "--output", type=pathlib.Path, default=default)
+    args = parser.parse_args()
+
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        sys.exit(f"benchmarks/grouped.py times GPU kernels; the device is a {device.platform}")
+    lines = [
+        "# Products with FP8 experts, microseconds\n",
+        f"{device.device_kind}, {datetime.date.today().isoformat()}, jax {jax.__version__}, "
+        f"jaxlib {jaxlib.__version__}, jaxquant {jq.__version__}. Top {TOP_K} of random routing, "
+        "BF16 activations. Kernel times by CUPTI; columns: see `benchmarks/grouped.py`. To dense: "
+        "with quant by the same bytes.",
+    ]
+    print("\n".join(lines), flush=True)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for E, N, K in SHAPES:
+        w = random_experts((E, N, K))
+        new = [f"\n## {E} experts of {N} x {K}\n", HEADER]
+        print("\n".join(new), flush=True)
+        lines += new
+        for tokens in args.tokens:
+            lines.append(table_row(N, K, tokens, measure(w, tokens)))
+            print(lines[-1], flush=True)
+            args.output.write_text("\n".join(lines) + "\n")
+    lines += [BLOCK_HEADER, *measure_layer(args.tokens)]
+    print("\n".join(lines[-1 - len(args.tokens) :]), flush=True)
+    args.output.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
