@@ -96,9 +96,14 @@ def fill_ring(
     stages: int,
     empty: Any,
     copy: Callable[[Any, Any, Any], None],
+    fence: Callable[[], None] = plgpu.commit_smem,
     find: Callable[[Any], Any] = lambda tile: tile,
 ) -> None:
-    """The producer: `copy(find(tile), step, slot)` for each tile and each of its K blocks."""
+    """The producer: `copy(find(tile), step, slot)` for each tile and each of its K blocks.
+
+    Consumers read the scales with ordinary loads; `fence` orders these before the copies that
+    overwrite them.
+    """
 
     def fill_tile(tile, carry):
         found = find(tile)
@@ -109,9 +114,7 @@ def fill_ring(
             @pl.when(filled >= stages)
             def _wait_for_consumers():
                 plgpu.barrier_wait(empty.at[slot])
-                # Consumers read the scales with ordinary loads; the fence orders these before
-                # the copies that overwrite them.
-                plgpu.commit_smem()
+                fence()
 
             copy(found, step, slot)
             return next_slot(slot, stages), jnp.minimum(filled + 1, stages)
