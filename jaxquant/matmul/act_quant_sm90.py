@@ -2,7 +2,7 @@
 
 Three kernels, by what there is to do: `quantize_tokens`, `quantize_normalized` for what stands
 behind an RMSNorm, which has to see all of a token first, and `quantize_ragged` for K in no whole
-groups, or few.
+groups, or few, and for more tokens than the others can address.
 """
 
 import functools
@@ -39,6 +39,8 @@ _NORM_WARPGROUPS = 2
 _MAX_TILES = 8
 # Warpgroups that normalize at once: eight on each multiprocessor of an H200.
 _RESIDENT = 1056
+# What is read without TMA has offsets of 32 bits.
+_MAX_BYTES = 1 << 31
 # Groups of a thread block where K is ragged.
 _COPY_GROUPS = 4
 _RAGGED_TILE_M = 64
@@ -71,7 +73,7 @@ def quantize(
     M = x.shape[0]
     scale_rows = round_up(M, SCALE_COLUMNS)
     groups, rest = divmod(K, ACTIVATION_GROUP)
-    tiles = rest == 0 and groups >= TILE_GROUPS
+    tiles = rest == 0 and groups >= TILE_GROUPS and x.size * x.dtype.itemsize < _MAX_BYTES
     if isinstance(prologue, RMSNorm):
         if tiles and groups <= _NORM_WARPGROUPS * _MAX_TILES * TILE_GROUPS:
             return quantize_normalized(prologue, x, layer, rows, scale_rows)

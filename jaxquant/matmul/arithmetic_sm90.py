@@ -52,21 +52,19 @@ def quotient(a: Array, b: Array, inverse: Array, layout: Any) -> Float32[Array, 
 
 def ceil_to_power_of_two(x: Float32[Array, "..."], layout: Any) -> Float32[Array, "..."]:
     """The least power of two >= x, for normal x > 0; infinity and NaN stay."""
-
-    def round_up(x):
-        # What is in the mantissa carries into the exponent.
-        i32 = ir.IntegerType.get_signless(32)
-        bits = x.bitcast(i32, output_is_signed=False)
-        return ((bits + 0x7FFFFF) & 0x7F800000).bitcast(ir.F32Type.get())
-
+    # What is in the mantissa carries into the exponent.
     if interpreted():
         bits = lax.bitcast_convert_type(x, jnp.uint32)
         power = lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
     else:
-        power = plgpu.inline_mgpu(
-            arg_types=(layout,),
-            return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.dtype(jnp.float32), layout=layout),
-        )(lambda _, x: round_up(x))(x)
+        result = plgpu.ShapeDtypeStruct(x.shape, jnp.dtype(jnp.float32), layout=layout)
+
+        @plgpu.inline_mgpu(arg_types=(layout,), return_type=result)
+        def run(_, x):
+            bits = x.bitcast(ir.IntegerType.get_signless(32), output_is_signed=False)
+            return ((bits + 0x7FFFFF) & 0x7F800000).bitcast(ir.F32Type.get())
+
+        power = run(x)  # pyright: ignore[reportCallIssue]
     return jnp.where(x < jnp.inf, power, x)
 
 

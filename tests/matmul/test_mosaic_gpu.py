@@ -230,6 +230,17 @@ def test_tokens_that_registers_do_not_hold_are_normalized_before(hopper, monkeyp
     assert_quantized(qvalue[:9], scale.T[:9], norm(x, 0))
 
 
+def test_more_tokens_than_offsets_reach(hopper, monkeypatch):
+    monkeypatch.setattr(act_quant_sm90, "_MAX_BYTES", 8 * 1024 * 2)
+    x = tokens((8, 1024))
+    qvalue, scale = quantize(None, x, jnp.zeros(1, jnp.int32), 1024, 8)
+    expected = numpy_reference.quantize_activations(np.asarray(x))
+    assert numpy_reference.differing(qvalue, expected[0]) == 0
+    assert numpy_reference.differing(scale.T[:8], expected[1]) == 0
+    text = str(jax.make_jaxpr(lambda x: quantize(None, x, jnp.zeros(1, jnp.int32), 1024, 8))(x))
+    assert "jaxquant_quantize_ragged" in text
+
+
 def test_a_thread_block_normalizes_several_tokens(hopper, monkeypatch):
     monkeypatch.setattr(act_quant_sm90, "_RESIDENT", 4)
     x, norm = tokens((5, 1152)), prologue_of("rms_norm", 1152)
