@@ -264,7 +264,7 @@ def grouped(
 
                 plgpu.barrier_arrive(full.at[slot])
 
-            fill_ring(all_tiles(), steps, stages, empty, copy, find)
+            fill_ring(all_tiles(), steps, stages, empty, copy, find=find)
 
         @pl.when(warpgroup < _CONSUMERS)
         def _consumer():
