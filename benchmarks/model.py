@@ -97,11 +97,11 @@ def median(run, n: int) -> float:
     return float(np.median(times))
 
 
-def time_decode(model, B: int, context: int) -> tuple[float, float]:
+def time_decode(model, B: int, context: int, cache_dtype=None) -> tuple[float, float]:
     """Milliseconds per step, and seconds of the first call."""
     knobs = generation._Knobs.of(generation.Sampling())
     stops = np.full(8, -1, np.int32)
-    cache = model.empty_cache(B, generation.bucket(context + 8 * STEPS))
+    cache = model.empty_cache(B, generation.bucket(context + 8 * STEPS), cache_dtype)
     cache.lengths = jnp.full((B,), context, jnp.int32)
     logits = jax.random.normal(jax.random.key(0), (B, model.cfg.vocab_size))
     state = generation._State(
@@ -119,12 +119,12 @@ def time_decode(model, B: int, context: int) -> tuple[float, float]:
     return median(lambda: run(STEPS), 5) / STEPS * 1e3, first
 
 
-def time_prefill(model, T: int) -> float:
+def time_prefill(model, T: int, cache_dtype=None) -> float:
     """Tokens per second of one prompt of T tokens."""
     tokens = np.random.default_rng(0).integers(0, model.cfg.vocab_size, (1, T)).astype(np.int32)
 
     def run() -> None:
-        cache = model.empty_cache(1, T)
+        cache = model.empty_cache(1, T, cache_dtype)
         lengths, done = np.full(1, T, np.int32), np.zeros(1, bool)
         jax.block_until_ready(generation._prefill(model, tokens, lengths, done, cache).logits)
 
@@ -156,12 +156,14 @@ def main() -> None:
         "BF16": None,
         "FP8 W8A8": jq.QuantConfig(),
         "FP8 W8A8, head too": jq.QuantConfig(quantize_head=True),
+        "FP8 W8A8, cache too": jq.QuantConfig(),
     }
     print("\n".join(lines), flush=True)
     for name, config in configs.items():
         model = build(args.shape, config)
-        decode = [time_decode(model, B, args.context) for B in args.batch]
-        prefill = [time_prefill(model, T) for T in args.prefill]
+        cache_dtype = "float8_e4m3fn" if "cache" in name else None
+        decode = [time_decode(model, B, args.context, cache_dtype) for B in args.batch]
+        prefill = [time_prefill(model, T, cache_dtype) for T in args.prefill]
         cells = [*(f"{ms:.2f}" for ms, _ in decode), *(f"{rate:.0f}" for rate in prefill)]
         lines.append(f"| {name} | {' | '.join(cells)} | {decode[0][1]:.1f} |")
         print(lines[-1], flush=True)
