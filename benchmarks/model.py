@@ -5,7 +5,7 @@
 
 Timed are the functions that generation runs: the prefill of a prompt, and steps of the decode
 loop on the device (attention over the cache and the LM head included; greedy). FP8 runs with one
-stack of layers, and the LM head in BF16 or, in a row of its own, in FP8. BF16 runs with one stack
+stack of layers, and the LM head and the cache in BF16 or, each in a row of its own, in FP8. BF16 runs with one stack
 per layer, since XLA copies the slice of a stack in front of a dot, and, to show that, with one.
 transformers runs the same model where it and PyTorch with CUDA are installed: SDPA attention, a
 static cache of as many slots, decode steps as one CUDA graph or as `torch.compile` makes them.
@@ -52,6 +52,7 @@ HEAD_DIM = 128
 ROWS = {
     "fp8": "FP8 W8A8",
     "fp8-head": "FP8 W8A8, head too",
+    "fp8-cache": "FP8 W8A8, cache too",
     "torch": "transformers, BF16",
     "torch-compile": "transformers, BF16, compiled",
     "bf16": "BF16",
@@ -128,11 +129,12 @@ def _random_stack(keys: Array, shape: tuple[int, ...], config: jq.QuantConfig | 
 def start_jaxquant(row: str, shape: str, context: int) -> tuple[Start, Start, str]:
     config = jq.QuantConfig(quantize_head=row == "fp8-head") if "fp8" in row else None
     model = build(shape, config, stacked=row != "bf16")
+    cache_dtype = "float8_e4m3fn" if row == "fp8-cache" else None
 
     def decode(B: int) -> Callable[[int], None]:
         knobs = generation._Knobs.of(generation.Sampling())
         stops = np.full(8, -1, np.int32)
-        cache = model.empty_cache(B, cache_slots(context))
+        cache = model.empty_cache(B, cache_slots(context), cache_dtype)
         cache.lengths = jnp.full((B,), context, jnp.int32)
         logits = jax.random.normal(jax.random.key(0), (B, model.cfg.vocab_size))
         none, zero = jnp.zeros(logits.shape, bool), jnp.zeros((), jnp.int32)
@@ -150,7 +152,7 @@ def start_jaxquant(row: str, shape: str, context: int) -> tuple[Start, Start, st
         tokens = np.random.default_rng(0).integers(0, model.cfg.vocab_size, (1, T), np.int32)
 
         def run() -> None:
-            cache = model.empty_cache(1, T)
+            cache = model.empty_cache(1, T, cache_dtype)
             lengths, done = np.full(1, T, np.int32), np.zeros(1, bool)
             jax.block_until_ready(generation._prefill(model, tokens, lengths, done, cache).logits)
 

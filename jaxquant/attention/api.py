@@ -42,7 +42,8 @@ def decode_attention(
         logits[s] = scale * q[b, h] . k[layer, b, h // g, s]
         out[b, h] = sum_s softmax(logits)[s] * v[layer, b, h // g, s]
 
-    with the softmax in float32. What the other slots hold, be it NaN, does not matter.
+    with the softmax in float32. What the other slots hold, be it NaN, does not matter; of an FP8
+    cache, that goes for scales, while no value may be NaN.
 
     Args:
       q: floating.

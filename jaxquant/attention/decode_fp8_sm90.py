@@ -59,7 +59,7 @@ _FMAX = 448.0
 # What a first piece holds at most, and what a second one is divided by.
 _TOP = 256.0
 _SECOND = 32.0
-# Below it, a query is a sum of second pieces of this one's unit.
+# Smaller queries have its unit, whose inverse would overflow otherwise.
 _LEAST_AMAX = 2.0**-100
 # Exponent of a float32, and 254 in its place: twice the bias.
 _EXPONENT = 0x7F800000
