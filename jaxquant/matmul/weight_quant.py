@@ -42,7 +42,7 @@ def quantize(
     Raises:
       NotImplementedError: the device or the weight is not what the kernel takes; says why.
     """
-    multiprocessors(w, "quantization of weights")
+    multiprocessors(w, "quantizations of weights")
     _check_operands(w, block_size)
     return _quantize(w, jnp.dtype(dtype), scale_fmt)
 
