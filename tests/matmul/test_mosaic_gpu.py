@@ -452,8 +452,9 @@ def test_a_cpu_is_refused_and_noted_once(caplog):
     with caplog.at_level(logging.INFO, logger="jaxquant"):
         for _ in range(2):
             assert refusal(lambda *operands: operands) == message
-    notes = [r.getMessage() for r in caplog.records if "products" in r.getMessage()]
-    assert notes == [f"{message}: FP8 products run through XLA"]
+    operations = "FP8 products", "quantizations of weights"
+    notes = [f"{message}: {operation} run through XLA" for operation in operations]
+    assert sorted(r.getMessage() for r in caplog.records) == notes
 
 
 def test_a_debug_log_says_which_runs(hopper, caplog):
