@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array, mma_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from jaxquant.hopper import interpreted
@@ -23,30 +24,35 @@ from jaxquant.matmul.sm90 import FP8, K_BLOCK, multiply, swizzled
 _LAYOUT = plgpu.Layout.WGMMA
 # What a thread's registers of the result are to LLVM: single floats.
 _REGISTERS = fragmented_array.WGMMA_LAYOUT_ACC_32BIT
+_SCALAR = plgpu.Layout.WG_SPLAT(())
 _K_INSTRUCTION = 32
 _SWIZZLE = 128
 
 
-def start(a: Any, b: Any, block: Any, K: int) -> Any:
-    """Starts `block = a @ b^T` of SMEM tiles a `[64, 128]` and b `[n, 128]`.
+def start(x: Any, w: Any, slot: Any, rows: Any, columns: Any, block: Any, K: int) -> Any:
+    """Starts `block = x[slot, rows] @ w[slot, columns]^T`.
 
     Args:
-      a: float8_e4m3fn.
-      b: float8_e4m3fn; n a multiple of 8.
-      block: a float32 value `[64, n]` in the layout of wgmma, which the product replaces. Taken
-        so that the products of a loop, each of which gets the one before, share registers.
+      x: float8_e4m3fn, SMEM `[stages, m, 128]`.
+      w: likewise, `[stages, n, 128]`.
+      slot: which of the stages.
+      rows: 64 of x, a `pl.ds`.
+      columns: a multiple of 8 of the rows of w, likewise.
+      block: a float32 value `[64, columns]` in the layout of wgmma, which the product replaces.
+        Taken so that the products of a loop, each of which gets the one before, share registers.
       K: columns of the matrices that the tiles are of.
 
     Returns:
       The product, not to be read before `wait`.
     """
     if not _as_ptx(K):
-        return multiply(a, b)
+        return multiply(x.at[slot, rows], w.at[slot, columns])
     tile = plgpu.RefType(swizzled(K, FP8))
     result = plgpu.ShapeDtypeStruct(block.shape, jnp.dtype(jnp.float32), layout=_LAYOUT)
+    strides = [ring.shape[1] * K_BLOCK for ring in (x, w)]
 
-    @plgpu.inline_mgpu(arg_types=(tile, tile, _LAYOUT), return_type=result)
-    def run(_, a, b, block):
+    @plgpu.inline_mgpu(arg_types=(tile, tile, _SCALAR, _LAYOUT), return_type=result)
+    def run(_, a, b, slot, block):
         n = block.shape[1]
         b = mgpu.memref_transpose(b, (1, 0, 3, 2))
         a, b = (
@@ -62,9 +68,10 @@ def start(a: Any, b: Any, block: Any, K: int) -> Any:
                 (b, K_BLOCK, (K_BLOCK, n), True),
             )
         )
-        return _inline(_multiply_ptx(n), block, a, b)
+        return _inline(_multiply_ptx(n, *strides), block, a, b, slot.registers.item())
 
-    return run(a, b, block)  # pyright: ignore[reportCallIssue]
+    # Descriptors of the first slot, that they may be made ahead of the loop.
+    return run(x.at[0, rows], w.at[0, columns], slot, block)  # pyright: ignore[reportCallIssue]
 
 
 def wait(block: Any, K: int, pending: int = 0) -> Any:
@@ -84,18 +91,27 @@ def _as_ptx(K: int) -> bool:
     return K % K_BLOCK == 0 and not interpreted()
 
 
-def _multiply_ptx(n: int) -> str:
-    """The four instructions of a K block. Registers `$0`.. hold the sum, then a's and b's tile."""
+def _multiply_ptx(n: int, a_stride: int, b_stride: int) -> str:
+    """The four instructions of a K block.
+
+    Registers `$0`.. hold the sum, then come a's and b's tile in the first slot, and the slot; a's
+    and b's slots are so many bytes apart.
+    """
     registers = n // 2
     total = "{" + ",".join(f"${i}" for i in range(registers)) + "}"
-    a, b = f"${2 * registers}", f"${2 * registers + 1}"
-    lines = [".reg .pred add; .reg .b64 a, b;", "wgmma.fence.sync.aligned;"]
+    a, b, slot = (f"${registers * 2 + i}" for i in range(3))
+    # Descriptors count in 16 bytes.
+    lines = [
+        ".reg .pred add; .reg .b64 a, b, a0, b0;",
+        f"mul.wide.u32 a0, {slot}, {a_stride // 16}; add.s64 a0, a0, {a};",
+        f"mul.wide.u32 b0, {slot}, {b_stride // 16}; add.s64 b0, b0, {b};",
+        "wgmma.fence.sync.aligned;",
+    ]
     for i in range(K_BLOCK // _K_INSTRUCTION):
-        # Descriptors count in 16 bytes.
         step = i * _K_INSTRUCTION // 16
         lines += [
             f"setp.ne.b32 add, {i}, 0;",
-            f"add.s64 a, {a}, {step}; add.s64 b, {b}, {step};",
+            f"add.s64 a, a0, {step}; add.s64 b, b0, {step};",
             f"wgmma.mma_async.sync.aligned.m64n{n}k{_K_INSTRUCTION}.f32.e4m3.e4m3 "
             f"{total}, a, b, add, 1, 1;",
         ]
@@ -108,7 +124,8 @@ def _inline(ptx: str, block: Any, *operands: Any) -> Any:
     registers = list(block.registers.flat)
     types = [r.type for r in registers]
     same = map(str, range(len(registers)))
-    constraints = ",".join([*("=f" for _ in registers), *same, *("l" for _ in operands)])
+    kinds = ("l" if o.type == ir.IntegerType.get_signless(64) else "r" for o in operands)
+    constraints = ",".join([*("=f" for _ in registers), *same, *kinds])
     results = llvm.inline_asm(
         llvm.StructType.get_literal(types),
         [*registers, *operands],

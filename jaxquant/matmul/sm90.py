@@ -96,8 +96,13 @@ def fill_ring(
     stages: int,
     empty: Any,
     copy: Callable[[Any, Any, Any], None],
+    fence: Callable[[], None] = plgpu.commit_smem,
 ) -> None:
-    """The producer: `copy(tile, step, slot)` for each tile and each of its `steps` K blocks."""
+    """The producer: `copy(tile, step, slot)` for each tile and each of its `steps` K blocks.
+
+    Consumers read the scales with ordinary loads; `fence` orders these before the copies that
+    overwrite them.
+    """
 
     def fill_tile(tile, carry):
         def fill_slot(step, carry):
@@ -106,9 +111,7 @@ def fill_ring(
             @pl.when(filled >= stages)
             def _wait_for_consumers():
                 plgpu.barrier_wait(empty.at[slot])
-                # Consumers read the scales with ordinary loads; the fence orders these before
-                # the copies that overwrite them.
-                plgpu.commit_smem()
+                fence()
 
             copy(tile, step, slot)
             return next_slot(slot, stages), jnp.minimum(filled + 1, stages)

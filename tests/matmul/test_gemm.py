@@ -121,8 +121,9 @@ def test_a_residual_that_copies_do_not_fit_is_left_to_xla(M, N, out_dtype):
 
 
 def test_a_residual_is_added_where_that_was_measured():
-    measured, other = Config(128, True, 192), Config(256, True)
+    measured, other = Config(128, True, 192), Config(128, False)
     assert gemm_sm90.adds_residual(8192, 4096, BF16, measured)
+    assert gemm_sm90.adds_residual(8192, 4096, BF16, Config(256, True))
     assert not gemm_sm90.adds_residual(8192, 4096, BF16, other)
     assert not gemm_sm90.adds_residual(8191, 4096, BF16, measured)
 
@@ -180,7 +181,7 @@ def test_a_tuned_config_comes_first(monkeypatch):
 
 
 def test_the_ptx_of_a_block():
-    ptx = gemm_wgmma_sm90._multiply_ptx(8).split("\n")
+    ptx = gemm_wgmma_sm90._multiply_ptx(8, 1024, 2048).split("\n")
     products = [line for line in ptx if line.startswith("wgmma.mma_async")]
     assert (
         products
@@ -191,4 +192,7 @@ def test_the_ptx_of_a_block():
     assert [line for line in ptx if line.startswith("setp")] == [
         f"setp.ne.b32 add, {i}, 0;" for i in range(4)
     ]
-    assert "add.s64 a, $8, 6; add.s64 b, $9, 6;" in ptx
+    assert "add.s64 a, a0, 6; add.s64 b, b0, 6;" in ptx
+    # From the first slot, in units of 16 bytes.
+    assert "mul.wide.u32 a0, $10, 64; add.s64 a0, a0, $8;" in ptx
+    assert "mul.wide.u32 b0, $10, 128; add.s64 b0, b0, $9;" in ptx
