@@ -5,8 +5,9 @@
 
 Timed are the functions that generation runs: the prefill of a prompt, and steps of the decode
 loop on the device (attention over the cache and the LM head included; greedy). FP8 runs with one
-stack of layers, and the LM head and the cache in BF16 or, each in a row of its own, in FP8. BF16 runs with one stack
-per layer, since XLA copies the slice of a stack in front of a dot, and, to show that, with one.
+stack of layers, and the LM head and the cache in BF16 or, in rows of their own, in FP8. BF16 runs
+with one stack per layer, since XLA copies the slice of a stack in front of a dot, and, to show
+that, with one.
 transformers runs the same model where it and PyTorch with CUDA are installed: SDPA attention, a
 static cache of as many slots, decode steps as one CUDA graph or as `torch.compile` makes them.
 
@@ -52,7 +53,7 @@ HEAD_DIM = 128
 ROWS = {
     "fp8": "FP8 W8A8",
     "fp8-head": "FP8 W8A8, head too",
-    "fp8-cache": "FP8 W8A8, cache too",
+    "fp8-cache": "FP8 W8A8, head and cache too",
     "torch": "transformers, BF16",
     "torch-compile": "transformers, BF16, compiled",
     "bf16": "BF16",
@@ -127,7 +128,7 @@ def _random_stack(keys: Array, shape: tuple[int, ...], config: jq.QuantConfig | 
 
 
 def start_jaxquant(row: str, shape: str, context: int) -> tuple[Start, Start, str]:
-    config = jq.QuantConfig(quantize_head=row == "fp8-head") if "fp8" in row else None
+    config = jq.QuantConfig(quantize_head=row != "fp8") if "fp8" in row else None
     model = build(shape, config, stacked=row != "bf16")
     cache_dtype = "float8_e4m3fn" if row == "fp8-cache" else None
 

@@ -126,7 +126,7 @@ PREDICTED = {
 }
 
 
-# 8192x4096x4096: 211 and 220 us, where XLA's sum behind the product takes 39 more than it.
+# 8192x4096x4096: 211 and 220 us; the product alone takes 206, and XLA's sum behind it 39 more.
 _MEASURED_WITH_RESIDUAL = (Config(128, True, 192), Config(256, True, 128))
 
 

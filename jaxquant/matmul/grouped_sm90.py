@@ -298,7 +298,7 @@ def grouped(
             def main_loop(width, tile, slot, scales):
                 """The sums of 64 rows of the weight by the tokens of a tile."""
                 group, n0, begin, *_ = tile
-                tokens = pl.ds(0, width)
+                w_rows, tokens = pl.ds(n_offset, _WGMMA_ROWS), pl.ds(0, width)
                 scale_tokens = pl.ds(begin - first_scale(begin), width)
                 if scale_cols == sx.shape[1]:  # all scales there are
                     scale_tokens = pl.ds(begin, width)
@@ -322,8 +322,7 @@ def grouped(
                         load_scales(group, n0, step + 1),
                         next_slot(slot, stages),
                     )
-                    w = w_smem.at[slot, pl.ds(n_offset, _WGMMA_ROWS)]
-                    block = tensor_cores.start(w, x_smem.at[slot, tokens], block, K)
+                    block = tensor_cores.start(w_smem, x_smem, slot, w_rows, tokens, block, K)
                     x_scale = plgpu.load(
                         sx_smem.at[slot, scale_tokens], layout=plgpu.Layout.WGMMA.reduce(0)
                     )
@@ -351,12 +350,10 @@ def grouped(
                     other_slot = next_slot(slot, stages)
                     other_scales = load_scales(group, n0, step + 1)
                     scales_next = load_scales(group, n0, step + 2)
-                    w = w_smem.at[slot, pl.ds(n_offset, _WGMMA_ROWS)]
-                    block = tensor_cores.start(w, x_smem.at[slot, tokens], block, K)
+                    block = tensor_cores.start(w_smem, x_smem, slot, w_rows, tokens, block, K)
                     x_scale = load_x_scale(slot)
                     plgpu.barrier_wait(full.at[other_slot])
-                    w = w_smem.at[other_slot, pl.ds(n_offset, _WGMMA_ROWS)]
-                    other = tensor_cores.start(w, x_smem.at[other_slot, tokens], other, K)
+                    other = tensor_cores.start(w_smem, x_smem, other_slot, w_rows, tokens, other, K)
                     slot_next = next_slot(other_slot, stages)
                     await_block(step + 2, slot_next)
                     block = tensor_cores.wait(block, K, pending=1)
