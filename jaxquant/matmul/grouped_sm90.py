@@ -68,7 +68,6 @@ class Config:
 
     widths: tuple[int, ...]
     tile_n: int = 128
-    pairs: int = 0
 
 
 def default_config(T: int, E: int, N: int, sms: int) -> Config:
@@ -300,8 +299,6 @@ def grouped(
                 group, n0, begin, *_ = tile
                 w_rows, tokens = pl.ds(n_offset, _WGMMA_ROWS), pl.ds(0, width)
                 scale_tokens = pl.ds(begin - first_scale(begin), width)
-                if scale_cols == sx.shape[1]:  # all scales there are
-                    scale_tokens = pl.ds(begin, width)
                 meeting = SCALE_ROWS - lax.rem(n0 + n_offset, SCALE_ROWS)
 
                 def promote(total, block, x_scale, scales):
@@ -335,45 +332,8 @@ def grouped(
                     plgpu.barrier_arrive(empty.at[slot])
                     return slot_next, scales_next, block, promote(total, block, x_scale, scales)
 
-                def await_block(step, slot):
-                    @pl.when(step < steps)
-                    def _wait():
-                        plgpu.barrier_wait(full.at[slot])
-
-                def load_x_scale(slot):
-                    at = sx_smem.at[slot, scale_tokens]
-                    return plgpu.load(at, layout=plgpu.Layout.WGMMA.reduce(0))
-
-                def add_two_blocks(i, carry):
-                    slot, scales, block, other, total = carry
-                    step = 2 * i
-                    other_slot = next_slot(slot, stages)
-                    other_scales = load_scales(group, n0, step + 1)
-                    scales_next = load_scales(group, n0, step + 2)
-                    block = tensor_cores.start(w_smem, x_smem, slot, w_rows, tokens, block, K)
-                    x_scale = load_x_scale(slot)
-                    plgpu.barrier_wait(full.at[other_slot])
-                    other = tensor_cores.start(w_smem, x_smem, other_slot, w_rows, tokens, other, K)
-                    slot_next = next_slot(other_slot, stages)
-                    await_block(step + 2, slot_next)
-                    block = tensor_cores.wait(block, K, pending=1)
-                    plgpu.barrier_arrive(empty.at[slot])
-                    total = promote(total, block, x_scale, scales)
-                    x_scale = load_x_scale(other_slot)
-                    other = tensor_cores.wait(other, K)
-                    plgpu.barrier_arrive(empty.at[other_slot])
-                    total = promote(total, other, x_scale, other_scales)
-                    return slot_next, scales_next, block, other, total
-
                 zero = zero_accumulator(_WGMMA_ROWS, width)
-                if width > config.pairs:
-                    init = slot, scales, zero, zero
-                    slot, _, _, total = lax.fori_loop(0, steps, add_block, init)
-                    return slot, total
-                init = slot, scales, zero, zero, zero
-                slot, scales, block, _, total = lax.fori_loop(0, steps // 2, add_two_blocks, init)
-                if steps % 2:
-                    slot, *_, total = add_block(steps - 1, (slot, scales, block, total))
+                slot, _, _, total = lax.fori_loop(0, steps, add_block, (slot, scales, zero, zero))
                 return slot, total
 
             def epilogue(width, total, tile):

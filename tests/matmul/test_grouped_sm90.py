@@ -35,6 +35,7 @@ def interpret(**params):
 @pytest.fixture
 def hopper(monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "multiprocessors", lambda x, what: SMS)
+    monkeypatch.setattr(grouped, "BY_DEFAULT", True)
     with interpret():
         yield
 
