@@ -23,6 +23,7 @@ from jaxquant.matmul.sm90 import (
     FP8,
     K_BLOCK,
     SCALE_ROWS,
+    SMEM_BYTES,
     cdiv,
     consumer_registers,
     fill_ring,
@@ -41,6 +42,8 @@ _MAX_STAGES = 12
 _LONG = 56
 # And those of a consumer from which on it is worth to have two products in flight.
 _MIN_PAIRED = 16
+# Tokens of which two products and their sum fit into the registers.
+_MAX_PAIRED = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +83,13 @@ def default_config(M: int, N: int, K: int, sms: int) -> Config:
     if tuned is not None:
         return Config(**tuned)
     steps = cdiv(K, K_BLOCK)
-    tile_n = 64 if M <= 64 and cdiv(N, 64) <= sms else 128
+    tile_n = 64 if cdiv(N, 64) <= sms else 128
     tiles = cdiv(N, tile_n)
     fitting = (s for s in (4, 2) if _fits(tiles, s, sms) and _can_split(steps, s))
     splits = next(fitting, 1)
     long = tile_n == 64 and steps // splits >= _LONG and steps // splits % 2 == 0
-    return Config(tile_n, 2 if long else 1, splits)
+    paired = Config(tile_n, 2, splits)
+    return paired if long and _has_ring(paired, M) else Config(tile_n, 1, splits)
 
 
 def _fits(tiles: int, splits: int, sms: int) -> bool:
@@ -96,12 +100,28 @@ def _fits(tiles: int, splits: int, sms: int) -> bool:
 def cuts(M: int, N: int, K: int) -> list[Config]:
     """What may be the fastest: whatever the kernel takes, for a product of a few tokens."""
     steps = cdiv(K, K_BLOCK)
-    return [
+    found = [
         Config(tile_n, turns, splits)
         for tile_n, turns in ((64, 1), (64, 2), (128, 1))
         for splits in (1, 2, 4)
         if (splits == 1 or _can_split(steps, splits)) and steps // splits % turns == 0
     ]
+    return [config for config in found if _has_ring(config, M)]
+
+
+def _has_ring(config: Config, M: int) -> bool:
+    """Whether SMEM has two slots for each consumer of a row beside the sums that meet there."""
+    tokens = padded_tokens(M)
+    room = SMEM_BYTES - _sums_bytes(config, tokens)
+    return room // _slot_bytes(config, tokens, round_up(M, 64)) >= 2 * config.turns
+
+
+def _slot_bytes(config: Config, tokens: int, scales: int) -> int:
+    return (config.tile_n + tokens) * K_BLOCK + scales * 4
+
+
+def _sums_bytes(config: Config, tokens: int) -> int:
+    return config.splits * config.turns * config.tile_n * tokens * 4
 
 
 def _can_split(steps: int, splits: int) -> bool:
@@ -173,14 +193,14 @@ def decode(
     senders = turns if parts > 1 else splits * turns
     direct = _is_direct(N, out_dtype, config)
 
-    slot_bytes = (tile_n + tokens) * K_BLOCK + sx.shape[1] * 4
-    sums_bytes = senders * groups * 64 * tokens * 4
+    slot_bytes, sums_bytes = _slot_bytes(config, tokens, sx.shape[1]), _sums_bytes(config, tokens)
     blocks = min(sms // splits, n_tiles)
     stages = ring_stages(slot_bytes, sums_bytes, steps * cdiv(n_tiles, blocks), _MAX_STAGES)
     stages = max(stages // turns, 1) * turns
-    # Two products in flight, which short tiles do not repay.
+    # Two products in flight, which short tiles do not repay, and for which registers have to do.
     own = steps // turns
-    at_once = 2 if own >= _MIN_PAIRED and own % 2 == 0 and stages > 2 * turns else 1
+    paired = own >= _MIN_PAIRED and own % 2 == 0 and stages > 2 * turns and tokens <= _MAX_PAIRED
+    at_once = 2 if paired else 1
     residuals = [] if residual is None else [residual]
 
     def kernel(x_gmem, sx_gmem, w_gmem, sw_gmem, layer_gmem, *refs):

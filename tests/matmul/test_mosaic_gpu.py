@@ -32,7 +32,7 @@ from jaxquant.matmul import (
 )
 from jaxquant.matmul.act_quant_sm90 import quantize, quantize_tokens
 from jaxquant.matmul.api import matmul
-from jaxquant.matmul.sm90 import round_up
+from jaxquant.matmul.sm90 import SMEM_BYTES, round_up
 
 # Few, so that a thread block goes through several tiles.
 SMS = 2
@@ -262,11 +262,25 @@ def test_scales_of_a_token_side_by_side(hopper, prologue):
         (16, 4096, 14336, (64, 2, 2)),
         (64, 6144, 4096, (64, 1, 1)),
         (16, 28672, 4096, (128, 1, 1)),
+        (128, 1536, 4096, (64, 1, 4)),
+        (128, 4096, 14336, (64, 1, 2)),  # two consumers would leave no ring
         (16, 2112, 7168, (64, 1, 2)),  # 33 clusters of four leave one for a second round
     ],
 )
 def test_how_few_tokens_are_cut_for_132_multiprocessors(M, N, K, config):
     assert dataclasses.astuple(decode_sm90.default_config(M, N, K, 132)) == config
+
+
+@pytest.mark.parametrize("M", [3, 16, 33, 64, 80, 128])
+@pytest.mark.parametrize("K", [32, 576, 1536, 4096, 7168, 14336, 28672, 57344])
+def test_smem_has_a_ring_for_every_cut(M, K):
+    width = decode_sm90.padded_tokens(M)
+    for N in (8, 200, 1536, 2112, 4096, 4224, 6144, 8448, 28672, 128256):
+        if decode_sm90.takes(M, N, 132):
+            config = decode_sm90.default_config(M, N, K, 132)
+            slot = (config.tile_n + width) * 128 + 4 * 128
+            sums = config.splits * config.turns * config.tile_n * width * 4
+            assert sums + 2 * config.turns * slot <= SMEM_BYTES
 
 
 def assert_quantized(qvalue: Any, scale: Any, x: jax.Array) -> None:
