@@ -8,8 +8,8 @@ that is less work than it takes to fill the ring, and saves a launch. Consumers 
 slots and add up in SMEM at the end of a tile.
 
 It does without programmatic dependent launch: XLA runs loops as CUDA graphs, which do not have it
-between the kernels of custom calls, and a prefetch to L2 ahead of the copies takes longer than it
-saves.
+between the kernels of custom calls. A prefetch to L2 takes longer than it saves, be it ahead of the
+copies or, at the end, of the next product's weight (4 to 24 MB: 1 to 7 us a layer slower).
 """
 
 import dataclasses
