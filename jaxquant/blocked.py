@@ -109,7 +109,7 @@ def dequantize(qa: QuantizedArray, dtype: Any = jnp.bfloat16) -> Float[Array, ".
 @functools.partial(jax.jit, static_argnums=1)
 def _dequantize(qa: QuantizedArray, dtype: Any) -> Array:
     scale = expand_blocks(qa.scale, qa.block_size, qa.qvalue.shape)
-    w = (widen(qa.qvalue) * scale).astype(dtype)
+    w = (widen(hold(qa.qvalue)) * scale).astype(dtype)
     return (w.mT if qa.transposed else w).reshape(qa.shape)
 
 
@@ -238,6 +238,11 @@ def put(param: Array, rows: Array, index: tuple, row: Any) -> Array:
 def as_bytes(x: Array) -> Array:
     """FP8 values as the uint8 that they are; anything else as it is."""
     return lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.itemsize == 1 else x
+
+
+def hold(qvalue: Array) -> Array:
+    """The values, rounded: on a GPU, XLA drops a conversion to FP8 and back where it sees both."""
+    return qvalue if jax.default_backend() == "cpu" else lax.optimization_barrier(qvalue)
 
 
 def widen(qvalue: Array) -> Float32[Array, "..."]:

@@ -12,6 +12,7 @@ from jaxquant.array import QuantizedArray
 from jaxquant.blocked import (
     ACTIVATION_GROUP,
     expand_blocks,
+    hold,
     quantize_activations,
     take_layer,
     widen,
@@ -79,7 +80,7 @@ def _fake_quantize(x: Float[Array, "*batch K"]) -> Float32[Array, "*batch K"]:
     full = expand_blocks(
         scale[..., None, :], (1, ACTIVATION_GROUP), (*x.shape[:-1], 1, x.shape[-1])
     )
-    return widen(qvalue) * full[..., 0, :]
+    return widen(hold(qvalue)) * full[..., 0, :]
 
 
 def _dequantize_layer(w: QuantizedArray, layer: Any) -> Float32[Array, "N K"]:

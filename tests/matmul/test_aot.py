@@ -1,6 +1,7 @@
 """Products compile for an H200, each with its kernels; see `tests/hopper.py`."""
 
 import json
+import re
 
 import pytest
 from hopper import h200, needs_plugin, run_apart
@@ -40,13 +41,20 @@ def test_a_product_compiles(compiled, product, i):
     assert ("jaxquant_quantize" in compiled[i]) == (len(product[-1]) > 1)
 
 
-def compile_all() -> list[str | None]:
+@pytest.mark.parametrize("i", [0, 1])
+def test_xla_rounds_to_fp8_on_a_gpu(compiled, i):
+    assert re.search(r"= f8e4m3fn\[[\d,]+\]\S* convert\(", compiled[len(PRODUCTS) + i])
+
+
+def compile_all() -> list[str]:
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from jaxquant.array import QuantizedArray
-    from jaxquant.matmul import RMSNorm, SiluMul, mosaic_gpu
+    from jaxquant.blocked import quantize
+    from jaxquant.config import QuantConfig
+    from jaxquant.matmul import RMSNorm, SiluMul, mosaic_gpu, xla
 
     sharding = h200()
 
@@ -69,7 +77,23 @@ def compile_all() -> list[str | None]:
         args = [jax.ShapeDtypeStruct(*o, sharding=sharding) for o in operands]
         return jax.jit(product).lower(*args).compile().as_text()
 
-    return [compile_product(*p) for p in PRODUCTS]
+    def compile_reference(M, N, K):
+        def product(x, qvalue, scale):
+            w = QuantizedArray(qvalue, scale, (128, 128), np.dtype(jnp.bfloat16))
+            return xla.matmul(x, w, None, x.dtype)
+
+        operands = ((M, K), "bfloat16"), ((N, K), "float8_e4m3fn"), ((1, 1), "float32")
+        args = [jax.ShapeDtypeStruct(*o, sharding=sharding) for o in operands]
+        return jax.jit(product).lower(*args).compile().as_text()
+
+    def compile_there_and_back():
+        config = QuantConfig(weight_block_size=(64, 64))
+        w = jax.ShapeDtypeStruct((128, 128), "bfloat16", sharding=sharding)
+        return jax.jit(lambda w: quantize(w, config).dequantize()).lower(w).compile().as_text()
+
+    products = [compile_product(*p) for p in PRODUCTS]
+    jax.default_backend = lambda: "gpu"
+    return [*products, compile_reference(1, 64, 128), compile_there_and_back()]
 
 
 if __name__ == "__main__":
