@@ -173,7 +173,18 @@ def quantize_by_xla(
     amax_floor: float,
     scale_fmt: str | None,
 ) -> tuple[Array, Array]:
-    """(qvalue, scale) as the module defines them, on any device."""
+    """(qvalue, scale) as the module defines them, on any device.
+
+    Args:
+      w: floating.
+      block_size: (out, in).
+      dtype: float8_e4m3fn or float8_e5m2.
+      amax_floor: least amax of a block.
+      scale_fmt: "ue8m0" for scales that are powers of two, or None.
+
+    Returns:
+      qvalue `[*lead, out, in]` of `dtype` and its scale, float32, one for each block.
+    """
     fmax = float(jnp.finfo(dtype).max)
     w = w.astype(jnp.float32)
     amax = jnp.maximum(_block_amax(w, block_size), jnp.float32(amax_floor))

@@ -47,12 +47,11 @@ from jaxquant.attention.sm90 import (
     across,
     column,
     padded_group,
-    store,
 )
 from jaxquant.blocked import ACTIVATION_AMAX_FLOOR
 from jaxquant.hopper import interpreted
 from jaxquant.matmul.arithmetic_sm90 import quotient, reciprocal
-from jaxquant.matmul.sm90 import in_stack, swizzled
+from jaxquant.matmul.sm90 import in_stack, store, swizzled
 
 _LOG2_E = math.log2(math.e)
 _FMAX = 448.0
@@ -346,7 +345,7 @@ def append_and_attend(
             return total, maximum, jnp.sum(weights, axis=0)
 
         def write(total, weight):
-            def store(y_smem):
+            def store_tile(y_smem):
                 y = (total / across(weight * _TOP, D)).astype(jnp.bfloat16)
                 y_smem.T[...] = plgpu.layout_cast(y, TRANSPOSED)
                 plgpu.commit_smem()
@@ -354,7 +353,7 @@ def append_and_attend(
                 plgpu.wait_smem_to_gmem(0)
 
             y_smem = plgpu.SMEM((N, D), jnp.bfloat16, transforms=swizzled(D, jnp.bfloat16))
-            pl.run_scoped(store, y_smem, collective_axes="warpgroup")
+            pl.run_scoped(store_tile, y_smem, collective_axes="warpgroup")
 
         ring = [
             plgpu.SMEM((stages, tile, D), FP8, transforms=swizzled(D, FP8)),

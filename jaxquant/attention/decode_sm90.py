@@ -38,9 +38,8 @@ from jaxquant.attention.sm90 import (
     across,
     column,
     padded_group,
-    store,
 )
-from jaxquant.matmul.sm90 import in_stack, round_up, swizzled
+from jaxquant.matmul.sm90 import in_stack, round_up, store, swizzled
 
 _LOG2_E = math.log2(math.e)
 # Slots from which larger tiles pay where a multiprocessor has but one thread block.

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array
 
 from jaxquant.matmul.sm90 import round_up
 
@@ -62,14 +61,6 @@ def column(value: Any, N: int) -> Any:
 def across(values: Any, rows: int) -> Any:
     """Values of columns `[N]` in each of so many rows."""
     return lax.broadcast_in_dim(values, (rows, *values.shape), [1])
-
-
-def store(ref: Any, value: Array) -> None:
-    """Stores to GMEM, also less than a cache line, which jax 0.12 refuses unless asked."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from jaxquant.blocked import ACTIVATION_AMAX_FLOOR, ACTIVATION_GROUP
 from jaxquant.hopper import interpreted
 from jaxquant.matmul.arithmetic_sm90 import approximate_reciprocal, quotient, reciprocal
 from jaxquant.matmul.prologue import Prologue, RMSNorm, SiluMul, rounded
-from jaxquant.matmul.sm90 import FP8, K_BLOCK, cdiv, in_stack, round_up, swizzled
+from jaxquant.matmul.sm90 import FP8, K_BLOCK, cdiv, in_stack, round_up, store, swizzled
 
 # Scales have a whole number of so many columns, whichever kernel writes them.
 SCALE_COLUMNS = 64
@@ -356,14 +356,6 @@ def quantize_groups(
 def _from(scratch: Any) -> Float32[Array, "8"]:
     """8 floats of SMEM in every warp, which so adds them up, or stores a whole sector."""
     return plgpu.load(scratch, layout=plgpu.Layout.WGMMA.reduce(0))
-
-
-def store(ref: Any, value: Array) -> None:
-    """Stores, also less than a cache line at once, which jax 0.12 refuses unless asked."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value
 
 
 def _silu_mul(gate: Array, up: Array, dtype: Any) -> Array:

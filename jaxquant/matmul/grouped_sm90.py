@@ -33,6 +33,7 @@ from jaxquant.matmul.sm90 import (
     producer_registers,
     ring_stages,
     round_up,
+    store,
     swizzled,
     zero_accumulator,
 )
@@ -347,7 +348,7 @@ def grouped(
                     column = pl.multiple_of(column, _WGMMA_ROWS)
                 columns = pl.ds(column, _WGMMA_ROWS)
 
-                def store(source, row, rows, target_row, sizes):
+                def store_rows(source, row, rows, target_row, sizes):
                     for size in sizes:
 
                         @pl.when((rows & size) != 0)
@@ -367,10 +368,10 @@ def grouped(
                     y = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 if not tiled_y:
-                    _store_unaligned(y_smem.at[warpgroup, pl.ds(0, width)].T, y)
+                    store(y_smem.at[warpgroup, pl.ds(0, width)].T, y)
                     plgpu.commit_smem()
                     sizes = [s for s in (128, 64, 32, 16, 8, 4, 2, 1) if s <= min(width, T)]
-                    store(y_smem.at[warpgroup], low, high - low, begin + low, sizes)
+                    store_rows(y_smem.at[warpgroup], low, high - low, begin + low, sizes)
                     return
                 y_smem.at[warpgroup, pl.ds(0, width)].T[...] = y
                 plgpu.commit_smem()
@@ -380,7 +381,7 @@ def grouped(
                 behind = jnp.maximum(jnp.minimum(low8, high), high8)
                 sizes = [s for s in (128, 64, 32, 16, 8) if s <= min(width, T)]
                 whole = jnp.maximum(high8 - low8, 0)
-                store(y_smem.at[warpgroup], low8, whole, begin + low8, sizes)
+                store_rows(y_smem.at[warpgroup], low8, whole, begin + low8, sizes)
                 for i, (start, stop) in enumerate(((low, jnp.minimum(low8, high)), (behind, high))):
 
                     @pl.when(stop > start)
@@ -392,7 +393,7 @@ def grouped(
                         plgpu.commit_smem()
                         sizes = [s for s in (4, 2, 1) if s <= T]
                         at = edges.at[warpgroup, i]
-                        store(at, start - block, stop - start, begin + start, sizes)
+                        store_rows(at, start - block, stop - start, begin + start, sizes)
 
             tiles = all_tiles()
 
@@ -453,11 +454,3 @@ def grouped(
         layer,
     )
     return y[:T]
-
-
-def _store_unaligned(ref: Any, value: Array) -> None:
-    """Stores to SMEM that is not tiled, which jax 0.12 refuses unless asked."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -53,6 +54,14 @@ def in_stack(layer: Any, L: int) -> Any:
     A negative one counts from the end, and one that is outside becomes the nearest inside.
     """
     return jnp.clip(jnp.where(layer < 0, layer + L, layer), 0, L - 1)
+
+
+def store(ref: Any, value: jax.Array) -> None:
+    """Stores, also less than a cache line at once, which jax 0.12 refuses unless asked."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
 
 
 def swizzled(cols: int, dtype: Any) -> tuple[plgpu.Transform, plgpu.Transform]:

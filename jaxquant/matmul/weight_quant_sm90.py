@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Float32
 
 from jaxquant.blocked import WEIGHT_AMAX_FLOOR
 from jaxquant.hopper import interpreted
-from jaxquant.matmul.act_quant_sm90 import GROUPS, TILE_GROUPS, store
+from jaxquant.matmul.act_quant_sm90 import GROUPS, TILE_GROUPS
 from jaxquant.matmul.arithmetic_sm90 import ceil_to_power_of_two, quotient, reciprocal
-from jaxquant.matmul.sm90 import cdiv
+from jaxquant.matmul.sm90 import cdiv, store
 
 _BLOCK = 128
 # Warpgroups of a thread block, each with rows of its own, and tiles of 8 rows that one has in its
