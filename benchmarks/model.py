@@ -11,9 +11,9 @@ that, with one.
 transformers runs the same model where it and PyTorch with CUDA are installed: SDPA attention, a
 static cache of as many slots, decode steps as one CUDA graph or as `torch.compile` makes them.
 
-Times are medians of the wall clock around a call of many steps. A row has the GPU to itself, in a
-process of its own, with an empty compilation cache. The first decode call is timed there, and
-again in another process, which finds the cache filled.
+Times are medians of the wall clock around a call of 64 steps, the first of them at `--context`. A
+row has the GPU to itself, in a process of its own, with an empty compilation cache. The first
+decode call is timed there, and again in another process, which finds the cache filled.
 """
 
 import argparse
@@ -84,8 +84,8 @@ def llama(shape: str) -> dict[str, Any]:
 
 
 def cache_slots(context: int) -> int:
-    """What the decode steps of one batch size fill, and more."""
-    return generation.bucket(context + (DECODES + 1) * STEPS)
+    """What a call's decode steps fill, and more."""
+    return generation.bucket(context + STEPS)
 
 
 # jaxquant ----------------------------------------------------------------------------------------
@@ -136,7 +136,6 @@ def start_jaxquant(row: str, shape: str, context: int) -> tuple[Start, Start, st
         knobs = generation._Knobs.of(generation.Sampling())
         stops = np.full(8, -1, np.int32)
         cache = model.empty_cache(B, cache_slots(context), cache_dtype)
-        cache.lengths = jnp.full((B,), context, jnp.int32)
         logits = jax.random.normal(jax.random.key(0), (B, model.cfg.vocab_size))
         none, zero = jnp.zeros(logits.shape, bool), jnp.zeros((), jnp.int32)
         state = generation._State(cache, logits, none, jnp.zeros(B, bool), zero)
@@ -144,6 +143,7 @@ def start_jaxquant(row: str, shape: str, context: int) -> tuple[Start, Start, st
 
         def run(steps: int) -> None:
             nonlocal state
+            state.cache.lengths = jnp.full((B,), context, jnp.int32)
             state, out, _ = generation._decode(model, state, knobs, stops, steps)
             jax.block_until_ready(out)
 
@@ -181,8 +181,6 @@ def start_transformers(row: str, shape: str, context: int) -> tuple[Start, Start
         cache = transformers.StaticCache(config, max_cache_len=cache_slots(context))
         kv, dtype = config.num_key_value_heads, torch.bfloat16
         cache.early_initialization(B, kv, HEAD_DIM, dtype=dtype, device=torch.device("cuda"))
-        for layer in cache.layers:
-            layer.cumulative_length.fill_(context)
         ids, options = torch.zeros(B, 1, dtype=torch.int64), {"past_key_values": cache}
 
         def greedy(ids):
@@ -206,6 +204,8 @@ def start_transformers(row: str, shape: str, context: int) -> tuple[Start, Start
                 graph.replay()
 
         def run(steps: int) -> None:
+            for layer in cache.layers:
+                layer.cumulative_length.fill_(context)
             for _ in range(steps):
                 step()
             torch.cuda.synchronize()
