@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from jaxquant.checkpoint.writer import TensorSource
+from jaxquant.checkpoint.shard_files import TensorSource
 from jaxquant.config import QuantConfig
 from jaxquant.errors import JaxquantError
 

@@ -21,8 +21,9 @@ from jaxquant.checkpoint import compressed
 from jaxquant.checkpoint.folder import CheckpointFolder
 from jaxquant.checkpoint.plan import Item, Plan, make_plan
 from jaxquant.checkpoint.progress import Progress
+from jaxquant.checkpoint.shard_files import DEFAULT_SHARD_BYTES, TensorSource
 from jaxquant.checkpoint.stream import Slab, skipped_reports, stream, tensor_report
-from jaxquant.checkpoint.writer import DEFAULT_SHARD_BYTES, TensorSource, write_folder
+from jaxquant.checkpoint.writer import write_folder
 from jaxquant.config import QuantConfig
 from jaxquant.errors import CheckpointError, JaxquantError
 from jaxquant.models.fused import FusedRows, rows_of, split_name, whole_name

@@ -10,9 +10,9 @@ from jaxquant.checkpoint.export import QuantizedTensors
 from jaxquant.checkpoint.folder import CheckpointFolder
 from jaxquant.checkpoint.plan import make_plan
 from jaxquant.checkpoint.progress import Progress
+from jaxquant.checkpoint.shard_files import TensorSource
 from jaxquant.checkpoint.stored import stored_quantization
 from jaxquant.checkpoint.stream import skipped_reports
-from jaxquant.checkpoint.writer import TensorSource
 from jaxquant.errors import CheckpointError
 from jaxquant.report import QuantReport
 

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.checkpoint import reader, stream, writer
+from jaxquant.checkpoint import atomic, reader, stream, writer
 from jaxquant.errors import CheckpointError
 
 CONFIG = jq.QuantConfig(weight_block_size=builders.BLOCKS)
@@ -94,7 +94,7 @@ KILLED = """
             if isinstance(args[0], str | os.PathLike) and os.path.dirname(out) in str(args[0]):
                 event()
 
-    def write_at(file, offset, data, write=writer._write_at):
+    def write_at(file, offset, data, write=writer.write_at):
         data = memoryview(data)
         write(file, offset, data[: len(data) // 2])
         event()
@@ -105,7 +105,7 @@ KILLED = """
         fsync(descriptor)
         event()
 
-    writer._write_at, os.fsync = write_at, fsync
+    writer.write_at, os.fsync = write_at, fsync
     config = jq.QuantConfig(weight_block_size=int(block))
     sys.addaudithook(audit)
     jq.quantize_checkpoint(source, out, config, max_shard_bytes=int(shard_bytes), resume=True)
@@ -255,7 +255,7 @@ def test_resuming_over_a_checkpoint_that_was_just_replaced_takes_nothing_of_it(
 
 def test_two_at_once_are_refused(source, out):
     out.parent.mkdir()
-    descriptor = writer._lock(partial(out))
+    descriptor = atomic._lock(partial(out))
     try:
         with pytest.raises(CheckpointError, match="another process is writing here"):
             export(source, out)
@@ -268,11 +268,11 @@ def test_two_at_once_are_refused(source, out):
 
 
 @pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize("what", ["_write_at", "fsync"])
+@pytest.mark.parametrize("what", ["write_at", "fsync"])
 def test_a_full_disk(source, out, fail_after, monkeypatch, what, resume):
     error = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context():
-        fail_after(*((writer, what) if what == "_write_at" else (os, what)), 12, error)
+        fail_after(*((writer, what) if what == "write_at" else (os, what)), 12, error)
         with pytest.raises(CheckpointError, match=r"^.*fp8: cannot be written: .*No space") as e:
             export(source, out, resume=resume)
     assert re.search(r"\d+ bytes are needed, \d+ are free on the disk", str(e.value))

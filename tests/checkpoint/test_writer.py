@@ -21,10 +21,11 @@ import safetensors
 from hypothesis import given, settings, strategies as st
 from safetensors.numpy import load_file
 
-from jaxquant.checkpoint import writer
+from jaxquant.checkpoint import atomic
 from jaxquant.checkpoint.folder import CheckpointFolder
 from jaxquant.checkpoint.reader import DTYPES
-from jaxquant.checkpoint.writer import TensorSource, write_folder
+from jaxquant.checkpoint.shard_files import TensorSource
+from jaxquant.checkpoint.writer import write_folder
 from jaxquant.errors import CheckpointError
 
 CONFIG = {"model_type": "llama", "name": "ü"}
@@ -275,10 +276,10 @@ def test_a_disk_that_is_too_small_is_told_beforehand(tmp_path, monkeypatch):
 # Overwriting --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("atomic", [True, False])
-def test_overwriting_replaces_the_whole_folder(tmp_path, monkeypatch, atomic):
-    if not atomic:
-        monkeypatch.setattr(writer, "_exchange", lambda a, b: False)
+@pytest.mark.parametrize("swaps", [True, False])
+def test_overwriting_replaces_the_whole_folder(tmp_path, monkeypatch, swaps):
+    if not swaps:
+        monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
     out = tmp_path / "out"
     write_folder(out, sources(fill=9), config={}, max_shard_bytes=80)
     # The tensors come out of the folder that is replaced.
@@ -298,15 +299,15 @@ def test_the_system_swaps_folders_in_one_step(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
     if sys.platform == "linux":
-        assert writer._exchange(tmp_path / "a", tmp_path / "b")
+        assert atomic._exchange(tmp_path / "a", tmp_path / "b")
         assert os.listdir(tmp_path / "a") == ["b"]
-    assert not writer._exchange(tmp_path / "a", tmp_path / "c")
+    assert not atomic._exchange(tmp_path / "a", tmp_path / "c")
 
 
 def test_a_swap_that_fails_half_way_is_undone(tmp_path, monkeypatch):
     out = tmp_path / "out"
     write_folder(out, sources(), config={})
-    monkeypatch.setattr(writer, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
     rename = os.rename
 
     def failing(a: Path, b: Path) -> None:
@@ -358,7 +359,8 @@ def run(code: str, directory: Path) -> subprocess.CompletedProcess[str]:
         from pathlib import Path
         import numpy as np
         from jaxquant.checkpoint import writer
-        from jaxquant.checkpoint.writer import TensorSource, write_folder
+        from jaxquant.checkpoint.shard_files import TensorSource
+        from jaxquant.checkpoint.writer import write_folder
 
         out = Path({str(directory)!r})
 
@@ -390,8 +392,8 @@ KILLS = {
     "second shard": f"{WRITE}, on_tensor=lambda s: s.name == 't2' and die())",
     "after the shards": f"writer._verify = die; {WRITE})",
     "index written, no config.json": f"""
-        durable = writer._durable
-        writer._durable = lambda path: die() if path.name == "config.json" else durable(path)
+        durable = writer.durable
+        writer.durable = lambda path: die() if path.name == "config.json" else durable(path)
         {WRITE})
     """,
 }
