@@ -44,12 +44,13 @@ from jaxquant.models.registry import Family
 from jaxquant.tree import path_name
 
 RESULTS = Path(__file__).parent / "results"
+# hidden and intermediate size, layers, heads, key/value heads, dims of a head, vocabulary.
 SHAPES = {
-    "8b": {"hidden": 4096, "mlp": 14336, "layers": 32, "heads": 32, "kv": 8, "vocab": 128256},
-    "1b": {"hidden": 2048, "mlp": 8192, "layers": 16, "heads": 16, "kv": 8, "vocab": 32768},
-    "tiny": {"hidden": 256, "mlp": 512, "layers": 2, "heads": 2, "kv": 1, "vocab": 512},
+    "8b": (4096, 14336, 32, 32, 8, 128, 128256),  # Llama 3.1 8B
+    "1b": (2048, 8192, 16, 16, 8, 128, 32768),
+    "135m": (576, 1536, 30, 9, 3, 64, 49152),  # SmolLM2-135M
+    "tiny": (256, 512, 2, 2, 1, 128, 512),
 }
-HEAD_DIM = 128
 ROWS = {
     "fp8": "FP8 W8A8",
     "fp8-head": "FP8 W8A8, head too",
@@ -70,15 +71,15 @@ Start = Callable[[int], Callable[..., None]]
 
 def llama(shape: str) -> dict[str, Any]:
     """config.json."""
-    s = SHAPES[shape]
+    hidden, mlp, layers, heads, kv, dim, vocab = SHAPES[shape]
     return {
-        "hidden_size": s["hidden"],
-        "intermediate_size": s["mlp"],
-        "num_hidden_layers": s["layers"],
-        "num_attention_heads": s["heads"],
-        "num_key_value_heads": s["kv"],
-        "head_dim": HEAD_DIM,
-        "vocab_size": s["vocab"],
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "head_dim": dim,
+        "vocab_size": vocab,
         "max_position_embeddings": 65536,
     }
 
@@ -179,8 +180,8 @@ def start_transformers(row: str, shape: str, context: int) -> tuple[Start, Start
 
     def decode(B: int) -> Callable[[int], None]:
         cache = transformers.StaticCache(config, max_cache_len=cache_slots(context))
-        kv, dtype = config.num_key_value_heads, torch.bfloat16
-        cache.early_initialization(B, kv, HEAD_DIM, dtype=dtype, device=torch.device("cuda"))
+        heads, dim, on = config.num_key_value_heads, config.head_dim, torch.device("cuda")
+        cache.early_initialization(B, heads, dim, dtype=torch.bfloat16, device=on)
         ids, options = torch.zeros(B, 1, dtype=torch.int64), {"past_key_values": cache}
 
         def greedy(ids):
