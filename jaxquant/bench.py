@@ -85,11 +85,13 @@ def bench(
     prompt_tokens: int = 128,
     new_tokens: int = 64,
     tune: bool = False,
+    cache_dtype: str | None = None,
 ) -> Bench:
     """Times a checkpoint as it is and as FP8, unless it is FP8 already and no config is given.
 
     With `tune`, the kernel configs of the model's products are measured first and the fastest
-    go to the user's table; see `jaxquant.matmul.tuning`.
+    go to the user's table; see `jaxquant.matmul.tuning`. With `cache_dtype`, "float8_e4m3fn", the
+    FP8 model is timed once more, with keys and values in FP8 too.
 
     Raises:
       JaxquantError: sizes that do not fit the model's context, or are not positive.
@@ -108,7 +110,11 @@ def bench(
             for M in (batch, batch * bucket(prompt_tokens)):
                 for weight_only, shapes in _products(model.module, M).items():
                     tuning.tune(shapes, weight_only=weight_only)
-        timings.append(_time(kind(model), model, seconds, batch, prompt_tokens, new_tokens))
+        caches = (None, cache_dtype) if model.quant_config and cache_dtype else (None,)
+        for cache in caches:
+            name = kind(model) if cache is None else f"{kind(model)}, FP8 cache"
+            sizes = batch, prompt_tokens, new_tokens
+            timings.append(_time(name, model, seconds, *sizes, cache))
         if model.quant_config and config is None:
             break
     device = jax.devices()[0]
@@ -128,7 +134,15 @@ def _products(module: Any, M: int) -> dict[bool, set[tuple[int, int, int]]]:
     return products
 
 
-def _time(name: str, model: LanguageModel, load_seconds: float, B: int, T: int, new: int) -> Timing:
+def _time(
+    name: str,
+    model: LanguageModel,
+    load_seconds: float,
+    B: int,
+    T: int,
+    new: int,
+    cache_dtype: str | None,
+) -> Timing:
     cfg = model.module.cfg
     if T + new > cfg.max_position:
         raise JaxquantError(
@@ -138,7 +152,7 @@ def _time(name: str, model: LanguageModel, load_seconds: float, B: int, T: int, 
 
     def run(n: int) -> float:
         start = time.perf_counter()
-        model.generate(prompts, max_new_tokens=n, stop_tokens=())
+        model.generate(prompts, max_new_tokens=n, stop_tokens=(), cache_dtype=cache_dtype)
         return time.perf_counter() - start
 
     def median(n: int) -> float:

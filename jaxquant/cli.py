@@ -133,6 +133,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--tune", action="store_true",
                        help="first measure the kernels of this model's products on this GPU, and "
                        "keep the fastest in your table of configs")  # fmt: skip
+    bench.add_argument("--cache-dtype", choices=("float8_e4m3fn",),
+                       help="time FP8 once more, with keys and values in FP8 too")  # fmt: skip
     _add_config(bench)
     _add_json(bench)
     return parser
@@ -319,5 +321,6 @@ def _bench(args: argparse.Namespace) -> None:
         prompt_tokens=args.prompt_tokens,
         new_tokens=args.new_tokens,
         tune=args.tune,
+        cache_dtype=args.cache_dtype,
     )
     _show(result, args)

@@ -1,10 +1,11 @@
-"""What `bench --tune` measures."""
+"""What `bench` measures."""
 
 import builders
 import pytest
 
 import jaxquant as jq
 from jaxquant import bench as module
+from jaxquant.language_model import LanguageModel
 
 
 @pytest.mark.parametrize("scheme", ["dynamic", None])
@@ -20,3 +21,16 @@ def test_tuning_is_for_the_tokens_of_a_step_and_of_a_prefill(monkeypatch, scheme
     assert tuned == [
         (({(M, N, K) for N, K in weights},), {"weight_only": scheme is None}) for M in (3, 3 * 32)
     ]
+
+
+def test_a_cache_in_fp8_is_that_of_a_row_of_its_own(monkeypatch):
+    asked = []
+
+    def generate(self, prompts, *, max_new_tokens, stop_tokens, cache_dtype):
+        asked.append((self.quant_config is not None, cache_dtype))
+
+    monkeypatch.setattr(LanguageModel, "generate", generate)
+    config = jq.QuantConfig(weight_block_size=builders.BLOCKS)
+    sizes = {"prompt_tokens": 4, "new_tokens": 3}
+    module.bench(builders.tiny_checkpoint(), config, **sizes, cache_dtype="float8_e4m3fn")
+    assert list(dict.fromkeys(asked)) == [(False, None), (True, None), (True, "float8_e4m3fn")]

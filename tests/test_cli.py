@@ -322,8 +322,9 @@ class TestEval:
 
 def test_bench(run, source):
     argv = ("bench", source, "--prompt-tokens", "4", "--new-tokens", "3", *BLOCKS)
-    result = json.loads(run(*argv, "--json"))
-    assert [t["name"] for t in result["timings"]] == ["bfloat16", "FP8 W8A8"]
+    result = json.loads(run(*argv, "--json", "--cache-dtype", "float8_e4m3fn"))
+    names = ["bfloat16", "FP8 W8A8", "FP8 W8A8, FP8 cache"]
+    assert [t["name"] for t in result["timings"]] == names
     assert result["prompt_tokens"] == 4
 
 
