@@ -5,7 +5,7 @@
     BF16        XLA's dot of BF16 operands; from 512 tokens on by cuBLAS, which spares the tuning
     FP8 tensor  XLA's dot of FP8 operands without scales: what FP8 costs with one scale per tensor
     cuBLASLt    blocked FP8 (1x128 and 128x128 scales) by `torch.nn.functional.scaled_mm`, where
-                torch with CUDA is installed
+                torch with CUDA is installed; some numbers of tokens below 16 it refuses
     jaxquant    this package's kernel on the same operands: quantized activations
     with quant  `jaxquant.matmul` of BF16 activations, their quantization included; what one kernel
                 does both ways has no time of its own in the column before
@@ -167,13 +167,13 @@ def compile_ours(M: int, N: int, K: int) -> dict[str, Callable[[], Any]]:
 
 
 def cublaslt_run(M: int, N: int, K: int) -> Callable[[], Any] | None:
-    """Runs cuBLASLt on every set of operands, or None where torch has it not."""
+    """Runs cuBLASLt on every set of operands, or None where torch has it not or it refuses."""
     try:
         import torch  # pyright: ignore
         from torch.nn.functional import ScalingType, scaled_mm  # pyright: ignore
     except ImportError:
         return None
-    if M == 1 or not torch.cuda.is_available():  # it refuses M = 1
+    if not torch.cuda.is_available():
         return None
 
     def fp8(*shape):
@@ -198,6 +198,10 @@ def cublaslt_run(M: int, N: int, K: int) -> Callable[[], Any] | None:
             )  # fmt: skip
         torch.cuda.synchronize()
 
+    try:
+        run()
+    except (RuntimeError, ValueError):  # so few tokens
+        return None
     return run
 
 

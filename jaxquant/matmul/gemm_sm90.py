@@ -348,10 +348,12 @@ def gemm(
                     other, other_x_scale = start(other_slot, 0, other)
                     slot_next = next_slot(other_slot, stages)
                     amid_products(step)
-                    await_block(step + 2, slot_next)
                     block = tensor_cores.wait(block, K, pending=1)
                     plgpu.barrier_arrive(empty.at[slot])
                     totals = promote(totals, block, x_scale, scales)
+                    # It branches: without, the compiler moves half of the promotion behind the
+                    # wait for the other product, and out of its shadow.
+                    await_block(step + 2, slot_next)
                     other = tensor_cores.wait(other, K)
                     plgpu.barrier_arrive(empty.at[other_slot])
                     totals = promote(totals, other, other_x_scale, other_scales)
