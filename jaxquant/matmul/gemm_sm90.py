@@ -115,13 +115,13 @@ def microseconds(config: Config, M: int, N: int, K: int, sms: int) -> float:
 
 # Microseconds of a K block, and of a tile besides, with all multiprocessors of an H200 at work.
 PREDICTED = {
-    Config(256, True, 128): (0.750, 1.73),
+    Config(256, True, 128): (0.745, 1.60),
     Config(128, True, 192): (0.551, 0.97),
-    Config(128, False, 192): (0.588, 0.74),
-    Config(128, False, 128): (0.398, 0.64),
-    Config(128, True, 112): (0.398, 0.60),
-    Config(128, False, 96): (0.315, 0.60),
-    Config(128, False, 64): (0.285, 0.50),
+    Config(128, False, 192): (0.565, 0.90),
+    Config(128, False, 128): (0.375, 0.60),
+    Config(128, True, 112): (0.379, 0.60),
+    Config(128, False, 96): (0.300, 0.60),
+    Config(128, False, 64): (0.255, 0.50),
     Config(64, False, 128): (0.290, 0.80),
 }
 
