@@ -121,9 +121,10 @@ def test_a_residual_that_copies_do_not_fit_is_left_to_xla(M, N, out_dtype):
 
 
 def test_a_residual_is_added_where_that_was_measured():
-    measured, other = Config(128, True, 192), Config(128, False)
+    measured, other = Config(128, True, 192), Config(128, False, 64)
     assert gemm_sm90.adds_residual(8192, 4096, BF16, measured)
     assert gemm_sm90.adds_residual(8192, 4096, BF16, Config(256, True))
+    assert gemm_sm90.adds_residual(512, 4096, BF16, Config(128, False))
     assert not gemm_sm90.adds_residual(8192, 4096, BF16, other)
     assert not gemm_sm90.adds_residual(8191, 4096, BF16, measured)
 
