@@ -291,18 +291,18 @@ def assert_quantized(qvalue: Any, scale: Any, x: jax.Array) -> None:
 
 
 @pytest.mark.parametrize(
-    ("M", "N", "K", "rows", "consumers", "dtype"),
+    ("M", "N", "K", "config", "dtype"),
     [
-        (1, 128, 1024, 64, 4, BF16),
-        (2, 136, 1280, 24, 1, BF16),  # tiles on both sides of a scale's end
-        (1, 200, 1536, 32, 3, F32),  # the last tile overlaps the one before
+        (1, 128, 1024, (64, 2, 4), BF16),
+        (2, 136, 1280, (24, 2, 1), BF16),  # tiles on both sides of a scale's end
+        (1, 200, 1536, (32, 4, 3), F32),  # the last tile overlaps the one before
     ],
 )
 @pytest.mark.parametrize("quantized", [False, True])
-def test_every_cut_of_the_kernel_for_one_token(hopper, M, N, K, rows, consumers, dtype, quantized):
+def test_every_cut_of_the_kernel_for_one_token(hopper, M, N, K, config, dtype, quantized):
     x, w, layer = tokens((M, K), dtype=dtype), weight((1, N, K)), jnp.zeros(1, jnp.int32)
     x_operands = quantize_tokens(None, x, K, M) if quantized else (x, None)
-    config = gemv_sm90.Config(rows, 2, consumers)
+    config = gemv_sm90.Config(*config)
     y = gemv_sm90.gemv(
         *x_operands, w.qvalue, w.scale, layer, out_dtype=dtype, config=config, sms=SMS
     )
@@ -315,16 +315,16 @@ def gated(y: jax.Array) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("M", "N", "K", "rows", "consumers", "dtype"),
+    ("M", "N", "K", "config", "dtype"),
     [
-        (1, 512, 1024, 64, 4, BF16),  # one thread block has two tiles
-        (2, 144, 1280, 24, 1, BF16),
-        (1, 400, 1536, 32, 3, F32),  # the last tile overlaps the one before
+        (1, 512, 1024, (64, 4, 2), BF16),  # one thread block has two tiles
+        (2, 144, 1280, (24, 2, 1), BF16),
+        (1, 400, 1536, (32, 4, 3), F32),  # the last tile overlaps the one before
     ],
 )
-def test_every_cut_of_a_gated_product(hopper, M, N, K, rows, consumers, dtype):
+def test_every_cut_of_a_gated_product(hopper, M, N, K, config, dtype):
     x, w, bias = tokens((M, K), dtype=dtype), weight((1, N, K)), tokens((1, N), dtype=dtype)
-    config = gemv_sm90.Config(rows, 2, consumers)
+    config = gemv_sm90.Config(*config)
     h = gemv_sm90.gemv(
         x, None, w.qvalue, w.scale, jnp.zeros(1, jnp.int32), None, bias,
         gated=True, out_dtype=dtype, config=config, sms=SMS,
