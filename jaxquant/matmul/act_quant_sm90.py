@@ -1,6 +1,6 @@
 """Quantizing activations on Hopper: each value is read once, and little else is done with it.
 
-Three kernels, by what there is to do: `quantize_tokens`, `quantizenormalized` for what stands
+Three kernels, by what there is to do: `quantize_tokens`, `quantize_normalized` for what stands
 behind an RMSNorm, which has to see all of a token first, and `quantize_ragged` for K in no whole
 groups, or few, and for more tokens than the others can address.
 """
@@ -75,7 +75,7 @@ def quantize(
     tiles = rest == 0 and groups >= TILE_GROUPS and x.size * x.dtype.itemsize < _MAX_BYTES
     if isinstance(prologue, RMSNorm):
         if tiles and groups <= _NORM_WARPGROUPS * _MAX_TILES * TILE_GROUPS:
-            return quantizenormalized(prologue, x, layer, rows, scale_rows)
+            return quantize_normalized(prologue, x, layer, rows, scale_rows)
         x, prologue = prologue(x, layer[0]), None
     if tiles:
         return quantize_tokens(prologue, x, K, rows, scale_rows)
@@ -140,7 +140,7 @@ def quantize_tokens(
     return qvalue.reshape(rows, K), scale
 
 
-def quantizenormalized(
+def quantize_normalized(
     norm: RMSNorm, x: Float[Array, "M K"], layer: Int32[Array, "1"], rows: int, scale_rows: int
 ) -> tuple[Float[Array, "rows K"], Float32[Array, "groups scale_rows"]]:
     """`quantize` of tokens of 8 or more whole groups behind an RMSNorm.
@@ -206,7 +206,7 @@ def quantizenormalized(
         num_threads=warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
-        kernel_name="jaxquant_quantizenormalized",
+        kernel_name="jaxquant_quantize_normalized",
     )(*groups_of(x, norm), layer)
     return qvalue.reshape(rows, K), scale
 

@@ -1,11 +1,15 @@
 """One token, or a few, by a blocked FP8 weight on Hopper, in one launch.
 
-    y = prologue(x) @ w^T + bias + residual
+    y = prologue(x) @ w^T + bias + residual, or SiluMul of that
 
 A thread block has the rows of a tile of the weight and all of K, so that no sum crosses thread
 blocks. While its producer fills the ring, its consumers quantize x, each thread block all of it:
 that is less work than it takes to fill the ring, and saves a launch. Consumers take turns at the
 slots and add up in SMEM at the end of a tile.
+
+A ring that is asked for keeps the memory busy for 3 to 6 us, and what is read later waits so long.
+So all else is read first: x before the layer is known, the norm's weight and the scales of the
+first tile next. Later scales are read a tile ahead.
 
 It does without programmatic dependent launch: XLA runs loops as CUDA graphs, which do not have it
 between the kernels of custom calls. A prefetch to L2 takes longer than it saves, be it ahead of the

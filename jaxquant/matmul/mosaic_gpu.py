@@ -1,10 +1,10 @@
 """Pallas kernels (Mosaic GPU) behind `matmul`: which products they take and which kernel runs.
 
-A product of one token, or a few, is one kernel, `gemv`, with all that stands around it. Others are
-two: one that quantizes the activations after the prologue, and one that multiplies, `decode` for
-few tokens or `gemm` for many. A weight-only product is one kernel, `w8a16`, after what XLA makes of
-the prologue, or for many tokens one of XLA's. They are for Hopper (compute capability 9.0); every
-other device keeps the XLA reference.
+A product of one token, or a few, is one kernel, `gemv`, with all that stands around it, SiluMul
+behind it if that is asked for. Others are two: one that quantizes the activations after the
+prologue, and one that multiplies, `decode` for few tokens or `gemm` for many. A weight-only product
+is one kernel, `w8a16`, after what XLA makes of the prologue, or for many tokens one of XLA's. They
+are for Hopper (compute capability 9.0); every other device keeps the XLA reference.
 """
 
 import dataclasses
