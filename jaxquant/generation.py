@@ -19,6 +19,8 @@ LONGEST_CHUNK = 64
 STREAM_CHUNK = 8
 # What a cache may be made of, beside the model's dtype.
 CACHE_DTYPES = ("float8_e4m3fn",)
+# Stands where a sequence that is done has no token.
+_NONE = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,22 +214,24 @@ def _decode(
     B = state.done.shape[0]
 
     def body(carry: tuple) -> tuple:
-        state, out, counts, i = carry
+        state, out, i = carry
         token = sample(state.logits, state.seen, knobs, state.step)
-        out = out.at[:, i].set(jnp.where(state.done, 0, token))
-        counts = counts + ~state.done
-        done = state.done | jnp.isin(token, stops)
+        # Each in one kernel, where XLA makes two of a scatter, and of `done | isin(...)`.
+        drawn = jnp.where(state.done, _NONE, token)
+        out = lax.dynamic_update_slice_in_dim(out, drawn[:, None], i, axis=1)
+        done = jnp.any(state.done[:, None] | (token[:, None] == stops), axis=1)
         seen = state.seen.at[jnp.arange(B), token].set(True) if knobs.penalized else state.seen
         logits, cache = model.decode(token, state.cache)
-        return _State(cache, logits, seen, done, state.step + 1), out, counts, i + 1
+        return _State(cache, logits, seen, done, state.step + 1), out, i + 1
 
     def unfinished(carry: tuple) -> Array:
-        state, _, _, i = carry
+        state, _, i = carry
         return (i < n) & ~state.done.all()
 
-    out, counts = jnp.zeros((B, LONGEST_CHUNK), jnp.int32), jnp.zeros((B,), jnp.int32)
-    state, out, counts, _ = lax.while_loop(unfinished, body, (state, out, counts, 0))
-    return state, out, counts
+    out = jnp.full((B, LONGEST_CHUNK), _NONE, jnp.int32)
+    state, out, _ = lax.while_loop(unfinished, body, (state, out, 0))
+    got = out != _NONE
+    return state, jnp.where(got, out, 0), jnp.sum(got, axis=1, dtype=jnp.int32)
 
 
 def sample(

@@ -7,7 +7,6 @@ groups, or few, and for more tokens than the others can address.
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -111,7 +110,12 @@ def quantize_tokens(
         m, tile = lax.div(block, tiles), lax.rem(block, tiles)
         # A tile that would pass the end overlaps the one before instead, and computes the same.
         first = jnp.minimum(tile * TILE_GROUPS, steps - TILE_GROUPS)
-        values = apply_prologue(prologue, [x_gmem], None, m, None, steps)(first)
+        if prologue is None:
+            values = load_groups(x_gmem, m * steps + first).astype(jnp.float32)
+        else:
+            halves = [load_groups(x_gmem, (2 * m + half) * steps + first) for half in range(2)]
+            gate, up = (half.astype(jnp.float32) for half in halves)
+            values = silu_mul(gate, up, x.dtype, GROUPS).astype(jnp.float32)
         qvalue, scale = quantize_groups(values)
         groups = pl.ds(m * steps + first, TILE_GROUPS)
         q_gmem[groups, :] = qvalue.astype(FP8)
@@ -158,10 +162,10 @@ def quantize_normalized(
         # A tile that would pass the end overlaps those before instead, and computes the same.
         firsts = [jnp.minimum(start, steps - TILE_GROUPS) for start in starts]
         weights = in_stack(layer_gmem[0], weight_gmem.shape[0] // steps) * steps
-        scales = [_load_groups(weight_gmem, weights + first) for first in firsts]
+        scales = [load_groups(weight_gmem, weights + first) for first in firsts]
 
         def load(m):
-            return [_load_groups(x_gmem, m * steps + first) for first in firsts]
+            return [load_groups(x_gmem, m * steps + first) for first in firsts]
 
         @plgpu.nd_loop(
             (M,), collective_axes="block", init_carry=(0, *load(lax.axis_index("block")))
@@ -171,7 +175,7 @@ def quantize_normalized(
             following = load(jnp.minimum(m + blocks, M - 1)) if blocks < M else current
             values = [v.astype(jnp.float32) for v in current]
             squares = [
-                _square_from(v, start - first, overlap)
+                square_from(v, start - first, overlap)
                 for v, start, first in zip(values, starts, firsts, strict=True)
             ]
             # Sums take turns in two places: who is ahead writes none that is still to be read.
@@ -179,10 +183,10 @@ def quantize_normalized(
             plgpu.commit_smem()
             plgpu.barrier_arrive(summed)
             plgpu.barrier_wait(summed)
-            parts = [_from(sums.at[turn, w]) for w in range(warpgroups)]
+            parts = [from_smem(sums.at[turn, w]) for w in range(warpgroups)]
             inverse = lax.rsqrt(jnp.sum(functools.reduce(jnp.add, parts)) / K + norm.eps)
             for v, weight, first in zip(values, scales, firsts, strict=True):
-                qvalue, scale = quantize_groups(_normalize(v, inverse, weight))
+                qvalue, scale = quantize_groups(normalize(v, inverse, weight))
                 q_gmem[pl.ds(m * steps + first, TILE_GROUPS), :] = qvalue.astype(FP8)
                 store(s_gmem.at[pl.ds(first, TILE_GROUPS), m], scale)
             return 1 - turn, *following
@@ -270,65 +274,18 @@ def quantize_ragged(
 
 
 def groups_of(x: Float[Array, "M A"], prologue: Prologue | None) -> list[Array]:
-    """x, and the weights of an RMSNorm, as groups of 128: what `apply_prologue` reads."""
+    """x, and the weights of an RMSNorm, as groups of 128."""
     arrays = [x, prologue.weight] if isinstance(prologue, RMSNorm) else [x]
     return [a.reshape(-1, ACTIVATION_GROUP) for a in arrays]
 
 
-def apply_prologue(
-    prologue: Prologue | None, refs: Any, scratch: Any, m: Any, layer: Any, steps: int
-) -> Callable[[Any], Float32[Array, "8 128"]]:
-    """A function that reads 8 groups of token m, from a given one on, and applies the prologue.
-
-    Args:
-      prologue: RMSNorm, SiluMul or None.
-      refs: x as groups, `[tokens * groups, 128]`, and for RMSNorm the weights likewise.
-      scratch: 8 floats in SMEM, this warpgroup's own.
-      m: the token.
-      layer: of the weights.
-      steps: groups of a token after the prologue, 8 or more.
-    """
-    x_gmem = refs[0]
-    dtype = x_gmem.dtype
-
-    if isinstance(prologue, SiluMul):
-        gates = m * 2 * steps
-
-        def silu_mul(group):
-            halves = (_load_groups(x_gmem, gates + half * steps + group) for half in range(2))
-            gate, up = (half.astype(jnp.float32) for half in halves)
-            return _silu_mul(gate, up, dtype)
-
-        return silu_mul
-    if isinstance(prologue, RMSNorm):
-        weight_gmem = refs[1]
-        weights = in_stack(layer, weight_gmem.shape[0] // steps) * steps
-
-        squares = plgpu.layout_cast(jnp.zeros((TILE_GROUPS, ACTIVATION_GROUP), jnp.float32), GROUPS)
-        for first in range(0, steps, TILE_GROUPS):
-            group = min(first, steps - TILE_GROUPS)
-            v = _load_groups(x_gmem, m * steps + group).astype(jnp.float32)
-            squares += _square_from(v, first - group, group < first)
-        # Mosaic adds up a whole array only where each thread has a stride of it.
-        scratch[...] = jnp.sum(squares, axis=1)
-        plgpu.commit_smem()
-        total = jnp.sum(_from(scratch))
-        inverse = lax.rsqrt(total / (steps * ACTIVATION_GROUP) + prologue.eps)
-
-        def rms_norm(group):
-            v = _load_groups(x_gmem, m * steps + group).astype(jnp.float32)
-            return _normalize(v, inverse, _load_groups(weight_gmem, weights + group))
-
-        return rms_norm
-    return lambda group: _load_groups(x_gmem, m * steps + group).astype(jnp.float32)
-
-
-def _load_groups(ref: Any, group: Any) -> Float[Array, "8 128"]:
+def load_groups(ref: Any, group: Any) -> Float[Array, "8 128"]:
+    """8 groups from a given one on, in registers."""
     at = ref.at[pl.ds(group, TILE_GROUPS), :]
     return plgpu.load(at, layout=GROUPS, optimized=False)
 
 
-def _square_from(v: Array, row: Any, overlaps: bool) -> Array:
+def square_from(v: Array, row: Any, overlaps: bool) -> Array:
     """v squared, and zero before a row where tiles overlap: no group is to count twice."""
     if overlaps:
         v = jnp.where(plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=GROUPS) >= row, v, 0.0)
@@ -353,17 +310,19 @@ def quantize_groups(
     return quotient(v, spread(scale), spread(inverse), layout), scale
 
 
-def _from(scratch: Any) -> Float32[Array, "8"]:
+def from_smem(scratch: Any) -> Float32[Array, "8"]:
     """8 floats of SMEM in every warp, which so adds them up, or stores a whole sector."""
     return plgpu.load(scratch, layout=plgpu.Layout.WGMMA.reduce(0))
 
 
-def _silu_mul(gate: Array, up: Array, dtype: Any) -> Array:
-    logistic = approximate_reciprocal(1 + jnp.exp(-gate), GROUPS)
-    return (gate * logistic * up).astype(dtype).astype(jnp.float32)
+def silu_mul(gate: Array, up: Array, dtype: Any, layout: Any) -> Array:
+    """SiluMul of float32 values in registers, in that layout, rounded to dtype."""
+    logistic = approximate_reciprocal(1 + jnp.exp(-gate), layout)
+    return (gate * logistic * up).astype(dtype)
 
 
-def _normalize(v: Array, inverse: Any, weight: Array) -> Array:
+def normalize(v: Array, inverse: Any, weight: Array) -> Array:
+    """RMSNorm of float32 values in registers, given what they are multiplied with first."""
     normed = (v * inverse).astype(weight.dtype)
     if interpreted():  # XLA:CPU would not round the product
         return rounded(normed.astype(jnp.float32) * weight, weight.dtype).astype(jnp.float32)

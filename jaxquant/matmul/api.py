@@ -31,12 +31,13 @@ def matmul(
     prologue: Prologue | None = None,
     bias: Float[Array, "..."] | None = None,
     residual: Float[Array, "..."] | None = None,
+    epilogue: Prologue | None = None,
     preferred_element_type: Any = None,
     implementation: str | None = None,
-) -> Float[Array, "*batch N"]:
+) -> Float[Array, "*batch _"]:
     """`x @ w^T` for a K-major weight, quantized or not, with what stands before and after it.
 
-        y = prologue(x) @ w^T + bias + residual
+        y = epilogue(prologue(x) @ w^T + bias + residual)
 
     where the product and each sum are rounded to the result's dtype, as separate operations are.
 
@@ -57,11 +58,12 @@ def matmul(
         writing it to memory.
       bias: `[N]`, or a stack `[L, N]`.
       residual: `[..., N]`.
+      epilogue: applied to the rest; see `fuses_epilogue`.
       preferred_element_type: dtype of the result; default x's.
       implementation: forces one of `IMPLEMENTATIONS`; default: the first that can run.
 
     Returns:
-      `[..., N]`.
+      `[..., N]`, or what the epilogue makes of it.
 
     Raises:
       JaxquantError: shapes that do not fit, a stack without `layer`, an unknown implementation.
@@ -78,6 +80,45 @@ def matmul(
         )
     out_dtype = jnp.dtype(x.dtype if preferred_element_type is None else preferred_element_type)
     around = prologue, bias, residual
+    if epilogue is not None:
+        free = implementation in (None, "mosaic_gpu") and residual is None
+        if free and fuses_epilogue(x, w, epilogue, out_dtype):
+            return _with_epilogue(x, around, w, layer, epilogue, out_dtype)
+        return epilogue(_matmul(x, around, w, layer, out_dtype, implementation), layer)
+    return _matmul(x, around, w, layer, out_dtype, implementation)
+
+
+def fuses_epilogue(
+    x: Float[Array, "*batch A"], w: Any, epilogue: Prologue, preferred_element_type: Any = None
+) -> bool:
+    """Whether `matmul` has the epilogue for nothing, where an operation by itself is a launch more.
+
+    That is so for SiluMul behind the product of one token, or two, on a process's only GPU, if
+    there is no residual. Elsewhere it had better be the prologue of the product that follows.
+    """
+    out_dtype = jnp.dtype(x.dtype if preferred_element_type is None else preferred_element_type)
+    return isinstance(w, QuantizedArray) and mosaic_gpu.gates(x, w, out_dtype, epilogue)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
+def _with_epilogue(
+    x: Any, around: Any, w: QuantizedArray, layer: Any, epilogue: Any, out_dtype: Any
+) -> Any:
+    prologue, bias, _ = around
+    return mosaic_gpu.gated(x, w, layer, out_dtype, prologue, bias)
+
+
+@_with_epilogue.defjvp
+def _by_parts(out_dtype, primals, tangents):
+    def run(x, around, w, layer, epilogue):
+        return epilogue(_quantized_matmul(x, around, w, layer, out_dtype, None), layer)
+
+    return jax.jvp(run, primals, tangents)
+
+
+def _matmul(
+    x: Any, around: Any, w: Any, layer: Any, out_dtype: Any, implementation: str | None
+) -> Any:
     if not isinstance(w, QuantizedArray):
         return xla.plain_matmul(x, w, layer, out_dtype, *around)
     return _quantized_matmul(x, around, w, layer, out_dtype, implementation)

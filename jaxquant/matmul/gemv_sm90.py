@@ -1,11 +1,15 @@
 """One token, or a few, by a blocked FP8 weight on Hopper, in one launch.
 
-    y = prologue(x) @ w^T + bias + residual
+    y = prologue(x) @ w^T + bias + residual, or SiluMul of that
 
 A thread block has the rows of a tile of the weight and all of K, so that no sum crosses thread
 blocks. While its producer fills the ring, its consumers quantize x, each thread block all of it:
 that is less work than it takes to fill the ring, and saves a launch. Consumers take turns at the
 slots and add up in SMEM at the end of a tile.
+
+A ring that is asked for keeps the memory busy for 3 to 6 us, and what is read later waits so long.
+So all else is read first: x before the layer is known, the norm's weight and the scales of the
+first tile next. Later scales are read a tile ahead.
 
 It does without programmatic dependent launch: XLA runs loops as CUDA graphs, which do not have it
 between the kernels of custom calls. A prefetch to L2 takes longer than it saves, be it ahead of the
@@ -13,6 +17,7 @@ copies or, at the end, of the next product's weight (4 to 24 MB: 1 to 7 us a lay
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -25,11 +30,15 @@ from jaxtyping import Array, Float, Float32, Int32
 from jaxquant.matmul.act_quant_sm90 import (
     GROUPS,
     TILE_GROUPS,
-    apply_prologue,
+    from_smem,
     groups_of,
+    load_groups,
+    normalize,
     quantize_groups,
+    silu_mul,
+    square_from,
 )
-from jaxquant.matmul.prologue import Prologue
+from jaxquant.matmul.prologue import RMSNorm
 from jaxquant.matmul.sm90 import (
     FP8,
     K_BLOCK,
@@ -39,6 +48,7 @@ from jaxquant.matmul.sm90 import (
     fill_ring,
     for_each_tile,
     in_stack,
+    store,
     swizzled,
     zero_accumulator,
 )
@@ -48,12 +58,12 @@ _MAX_VALUES = 16384
 _MAX_TOKENS = 2
 # wgmma's 64 rows; a tile that has fewer leaves the rest of the result unused.
 _WGMMA_ROWS = 64
-# K blocks in a slot: fewer barriers, and two products in flight.
-_SLOT_BLOCKS = 2
-_SLOT = _SLOT_BLOCKS * K_BLOCK
-_CONSUMERS = (4, 3, 2, 1)
-# Of the multiprocessors, how many saturate the memory.
-_FEW_BLOCKS = 0.48
+# A value for each row of a tile, in every warp.
+_ROWS = plgpu.Layout.WGMMA.reduce(0)
+# K blocks in a slot: rows are read in longer pieces, for fewer barriers.
+_SLOT_BLOCKS = (4, 2)
+# Two are enough, and leave a ring of few large slots whole.
+_CONSUMERS = (2, 3, 1)
 # What a tile costs besides its rows, in rows.
 _TILE_ROWS = 4
 # A barrier's phases are the bits of an int32.
@@ -66,35 +76,36 @@ class Config:
 
     Attributes:
       rows: of the weight in a tile: a multiple of 8, at most 64 and N.
-      consumers: warpgroups that multiply; divides K / 256, so that each has the same K blocks of
-        every tile, and a row's bytes do not depend on its tile.
+      slot_blocks: K blocks in a slot, 2 or 4.
+      consumers: warpgroups that multiply; divides the slots of a tile, so that each has the same K
+        blocks of every tile, and a row's bytes do not depend on its tile.
     """
 
     rows: int
+    slot_blocks: int
     consumers: int
 
 
 def takes(M: int, K: int) -> bool:
     """Whether this kernel is there for the product, and the fast one."""
     return (
-        M <= _MAX_TOKENS and M * K <= _MAX_VALUES and K % _SLOT == 0 and K >= TILE_GROUPS * K_BLOCK
+        M <= _MAX_TOKENS
+        and M * K <= _MAX_VALUES
+        and K % (2 * K_BLOCK) == 0
+        and K >= TILE_GROUPS * K_BLOCK
     )
 
 
 def default_config(N: int, K: int, sms: int) -> Config:
-    """The largest tiles where they give work to about half of the `sms` multiprocessors or more.
-
-    So many read as fast as all. Where there are several tiles for each, or few in all, those that
-    leave the busiest multiprocessor the fewest rows.
-    """
+    """The tiles that leave the busiest of the `sms` multiprocessors the fewest rows."""
 
     def busiest(rows: int) -> int:
         return cdiv(cdiv(N, rows), sms) * (rows + _TILE_ROWS)
 
-    consumers = next(c for c in _CONSUMERS if K // _SLOT % c == 0)
-    if _FEW_BLOCKS * sms <= cdiv(N, _WGMMA_ROWS) <= sms:
-        return Config(_WGMMA_ROWS, consumers)
-    return Config(min(range(min(_WGMMA_ROWS, N), 0, -8), key=busiest), consumers)
+    slot_blocks = next(b for b in _SLOT_BLOCKS if K % (b * K_BLOCK) == 0)
+    consumers = next(c for c in _CONSUMERS if K // K_BLOCK // slot_blocks % c == 0)
+    rows = min(range(min(_WGMMA_ROWS, N), 0, -8), key=busiest)
+    return Config(rows, slot_blocks, consumers)
 
 
 def gemv(
@@ -103,14 +114,15 @@ def gemv(
     wq: Float[Array, "L N K"],
     sw: Float32[Array, "L (N+127)//128 (K+127)//128"],
     layer: Int32[Array, "1"],
-    prologue: Prologue | None = None,
+    prologue: RMSNorm | None = None,
     bias: Float[Array, "Lb N"] | None = None,
     residual: Float[Array, "M N"] | None = None,
     *,
+    gated: bool = False,
     out_dtype: Any,
     config: Config,
     sms: int,
-) -> Float[Array, "M N"]:
+) -> Float[Array, "M _"]:
     """The product of one layer of a stack, x quantized on the way.
 
     Args:
@@ -119,49 +131,54 @@ def gemv(
       wq: float8_e4m3fn, read in place; N a multiple of 8.
       sw: the scales of wq.
       layer: which matrix of the stacks.
-      prologue: RMSNorm with a weight `[Ln, K]` of x's dtype, SiluMul or None.
+      prologue: RMSNorm with a weight `[Ln, K]` of x's dtype, or None.
       bias: of `out_dtype`.
       residual: of `out_dtype`.
+      gated: whether the result is SiluMul of the rest; not with a residual. N is a multiple of 16.
       out_dtype: bfloat16 or float32.
-      config: see `default_config`.
+      config: see `default_config`, for as many rows as the result has columns.
       sms: multiprocessors of the GPU.
 
     Returns:
-      `[M, N]` of `out_dtype`.
+      `[M, N]` of `out_dtype`, or `[M, N // 2]` if gated.
     """
     M, (L, N, K) = x.shape[0], wq.shape
-    rows, consumers = config.rows, config.consumers
-    steps, pairs = K // K_BLOCK, K // _SLOT
+    rows, slot_blocks, consumers = dataclasses.astuple(config)
+    slot_columns = slot_blocks * K_BLOCK
+    steps, slots = K // K_BLOCK, K // slot_columns
+    # Of 8 K blocks, of which the last may overlap the one before.
     atoms = cdiv(steps, TILE_GROUPS)
-    n_tiles = cdiv(N, rows)
+    shares = cdiv(atoms, consumers)
+    # Of a tile of the result, where it is gated: the rows of the gate, and then those of up.
+    parts = 2 if gated else 1
+    columns = N // parts
+    n_tiles = cdiv(columns, rows)
     blocks = min(sms, n_tiles)
-    straddles = SCALE_ROWS % rows != 0 or N % rows != 0
+    scale_rows = 2 if SCALE_ROWS % rows != 0 or columns % rows != 0 else 1
     extras = [e for e in (bias, residual) if e is not None]
 
-    x_bytes = M * atoms * TILE_GROUPS * (K_BLOCK + 4)
+    x_bytes = M * atoms * TILE_GROUPS * (K_BLOCK + 4) + 2 * scale_rows * atoms * TILE_GROUPS * 4
     row_bytes = M * _WGMMA_ROWS * 4
     free = SMEM_BYTES - x_bytes - row_bytes * (2 * consumers + 1 + len(extras)) - 4096
     overhang = _WGMMA_ROWS - rows  # of the last slot's operand
-    stages = (free // _SLOT - overhang) // rows
-    stages = min(_MAX_STAGES, stages, pairs) // consumers * consumers
+    stages = (free // slot_columns - overhang) // rows
+    most = min(_MAX_STAGES, parts * slots * cdiv(n_tiles, blocks))
+    stages = min(most, stages) // consumers * consumers
 
     operands = groups_of(x, prologue) if sx is None else [x.reshape(-1, K_BLOCK), sx]
 
     def kernel(*refs):
         x_refs, refs = refs[: len(operands)], refs[len(operands) :]
         w_gmem, sw_gmem, layer_gmem, *extra_gmem = refs[: 3 + len(extras)]
-        y_gmem, x_smem, sx_smem, w_smem, sums_smem, y_smem, extra_smem, *barriers = refs[
-            3 + len(extras) :
-        ]
+        y_gmem, x_smem, sx_smem, w_smem, sw_smem, sums_smem, gate_smem, extra_smem, *barriers = (
+            refs[3 + len(extras) :]
+        )
         full, empty, together, landed = barriers
         warpgroup = lax.axis_index("warpgroup")
 
-        def first_row(tile):
+        def first_row(tile, part):
             # The last tile overlaps the one before rather than the end, and computes the same.
-            return jnp.minimum(tile * rows, N - rows)
-
-        def weights(l, tile, pair):
-            return w_gmem.at[l, pl.ds(first_row(tile), rows), pl.ds(pair * _SLOT, _SLOT)]
+            return jnp.minimum(tile * rows, columns - rows) + part * columns
 
         def wait_for_all():
             plgpu.barrier_arrive(together)
@@ -170,46 +187,92 @@ def gemv(
         def atom_at(m, a):
             return pl.ds((m * atoms + a) * TILE_GROUPS, TILE_GROUPS)
 
-        def fill_x(l):
-            """x to SMEM, in atoms of 8 K blocks of a token; the last may overlap the one before."""
-            shares = cdiv(atoms, consumers)
-            for m in range(M):
-                if sx is None:
-                    scratch = sums_smem.at[0, warpgroup, m, pl.ds(0, TILE_GROUPS)]
-                    read = apply_prologue(prologue, x_refs, scratch, m, l, steps)
-                else:
-                    read = None
-                # Of the last share, some have none, and do the last atom again.
-                mine = [jnp.minimum(i * consumers + warpgroup, atoms - 1) for i in range(shares)]
-                results = [
-                    quantize_groups(read(atom_start(a))) if read else read_quantized(m, a)
-                    for a in mine
-                ]
-                for a, (qvalue, scale) in zip(mine, results, strict=True):
-                    x_smem[atom_at(m, a), :] = qvalue.astype(FP8)
-                    sx_smem[atom_at(m, a)] = scale
-
-        def read_quantized(m, a):
-            at = pl.ds(m * steps + atom_start(a), TILE_GROUPS)
-            q_gmem, s_gmem = x_refs
-            qvalue = plgpu.load(q_gmem.at[at, :], layout=GROUPS, optimized=False)
-            return qvalue, plgpu.load(s_gmem.at[at], layout=GROUPS.reduce(1), optimized=False)
-
         def atom_start(a):
             return jnp.minimum(a * TILE_GROUPS, steps - TILE_GROUPS)
 
-        def load_scales(l, tile, pair):
-            """The weight's, of a slot."""
-            n0, pair = first_row(tile), jnp.minimum(pair, pairs - 1)
-            scale_rows = [n0, n0 + rows - 1] if straddles else [n0]
+        # Of the last share, some have none, and do the last atom again.
+        turns = [i * consumers + warpgroup for i in range(shares)]
+
+        def load_x():
+            """This consumer's atoms of each token, with their scales if it is quantized."""
+            firsts = [[m * steps + atom_start(a) for a in turns] for m in range(M)]
+            if sx is None:
+                return [[load_groups(x_refs[0], first) for first in token] for token in firsts]
             return [
-                [sw_gmem[l, lax.div(r, SCALE_ROWS), pair * _SLOT_BLOCKS + b] for r in scale_rows]
-                for b in range(_SLOT_BLOCKS)
+                [(load_groups(x_refs[0], first), load_scale(x_refs[1], first)) for first in token]
+                for token in firsts
             ]
 
-        def do_tile(l, tile, carry):
-            n, w_scales = carry
-            n0 = first_row(tile)
+        def load_scale(ref, first):
+            at = ref.at[pl.ds(first, TILE_GROUPS)]
+            return plgpu.load(at, layout=GROUPS.reduce(1), optimized=False)
+
+        def load_norm(l):
+            if prologue is None:
+                return None
+            first = in_stack(l, prologue.weight.shape[0]) * steps
+            return [load_groups(x_refs[1], first + atom_start(a)) for a in turns]
+
+        def fill_x(loaded, norm):
+            """x to SMEM."""
+            if sx is None:
+                loaded = [[v.astype(jnp.float32) for v in token] for token in loaded]
+            if prologue is not None:
+                loaded = normalized(loaded, norm, prologue.eps)
+            for m, token in enumerate(loaded):
+                for turn, v in zip(turns, token, strict=True):
+                    qvalue, scale = quantize_groups(v) if sx is None else v
+                    a = jnp.minimum(turn, atoms - 1)
+                    x_smem[atom_at(m, a), :] = qvalue.astype(FP8)
+                    sx_smem[atom_at(m, a)] = scale
+
+        def normalized(tokens, norm, eps):
+            overlap = consumers * shares * TILE_GROUPS != steps
+            for m, token in enumerate(tokens):
+                squares = [
+                    square_from(v, turn * TILE_GROUPS - atom_start(turn), overlap)
+                    for turn, v in zip(turns, token, strict=True)
+                ]
+                own = sums_smem.at[0, warpgroup, m, pl.ds(0, TILE_GROUPS)]
+                own[...] = jnp.sum(functools.reduce(jnp.add, squares), axis=1)
+            plgpu.commit_smem()
+            wait_for_all()
+            results = []
+            for m, token in enumerate(tokens):
+                sums = [sums_smem.at[0, c, m, pl.ds(0, TILE_GROUPS)] for c in range(consumers)]
+                total = jnp.sum(functools.reduce(jnp.add, map(from_smem, sums)))
+                inverse = lax.rsqrt(total / K + eps)
+                results.append([normalize(v, inverse, w) for v, w in zip(token, norm, strict=True)])
+            return results
+
+        # Of the weight's scales, likewise, as of x an atom at a time.
+        scale_turns = [
+            jnp.minimum(i * consumers + warpgroup, scale_rows * atoms - 1)
+            for i in range(cdiv(scale_rows * atoms, consumers))
+        ]
+
+        def load_scales(l, tile, part):
+            n0 = first_row(tile, part)
+            ends = n0, n0 + rows - 1
+            values = []
+            for turn in scale_turns:
+                end = jnp.where(turn < atoms, *ends)
+                at = pl.ds(atom_start(lax.rem(turn, atoms)), TILE_GROUPS)
+                at = sw_gmem.at[l, lax.div(end, SCALE_ROWS), at]
+                values.append(plgpu.load(at, layout=_ROWS, optimized=False))
+            return values
+
+        def store_scales(n, values):
+            for turn, value in zip(scale_turns, values, strict=True):
+                sw_smem[lax.rem(n, 2), lax.div(turn, atoms), atom_at(0, lax.rem(turn, atoms))] = (
+                    value
+                )
+
+        def do_tile(l, tile, n):
+            return lax.fori_loop(0, parts, functools.partial(do_part, l, tile), n)
+
+        def do_part(l, tile, part, n):
+            n0 = first_row(tile, part)
             sums = sums_smem.at[lax.rem(n, 2)]
 
             @pl.when(warpgroup == 0)
@@ -223,48 +286,50 @@ def gemv(
                             landed,
                         )
 
-            totals = main_loop(l, tile, n, w_scales)
-            next_tile = jnp.minimum(tile + blocks, n_tiles - 1)
-            w_scales = load_scales(l, next_tile, warpgroup)
-            for m, total in enumerate(totals):
+            next_tile = jnp.where(part == parts - 1, tile + blocks, tile)
+            next_part = lax.rem(part + 1, parts)
+            next_scales = load_scales(l, jnp.minimum(next_tile, n_tiles - 1), next_part)
+            for m, total in enumerate(main_loop(n0, n)):
                 # A token's sums over K blocks stand side by side.
                 sums[warpgroup, m] = jnp.sum(total, axis=1)
+            store_scales(n + 1, next_scales)
             wait_for_all()
 
             @pl.when(warpgroup == 0)
             def _finish():
-                epilogue(sums, n0)
+                epilogue(sums, n0, part)
 
-            return n + 1, w_scales
+            return n + 1
 
-        def main_loop(l, tile, n, w_scales):
+        def main_loop(n0, n):
             """This consumer's share of a tile: `[64, 8]` a token, K block i in column i % 8."""
-            n0 = first_row(tile)
-            in_top: Any = None
-            if straddles:
-                row = plgpu.broadcasted_iota(
-                    jnp.int32, (_WGMMA_ROWS, 8), 0, layout=plgpu.Layout.WGMMA
-                )
-                in_top = n0 + row < (lax.div(n0, SCALE_ROWS) + 1) * SCALE_ROWS
-            column = plgpu.broadcasted_iota(
-                jnp.int32, (_WGMMA_ROWS, 8), 1, layout=plgpu.Layout.WGMMA
-            )
+            shape = (_WGMMA_ROWS, TILE_GROUPS)
+            row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+            in_top = n0 + row < (lax.div(n0, SCALE_ROWS) + 1) * SCALE_ROWS
+            column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
 
-            def add_slot(i, carry):
-                w_scales, totals = carry
-                pair = warpgroup + i * consumers
-                slot = lax.rem(n * pairs + pair, stages)
-                next_scales = load_scales(l, tile, pair + consumers)
-                kb = pair * _SLOT_BLOCKS
+            def of_columns(values):
+                return lax.broadcast_in_dim(plgpu.load(values, layout=_ROWS), shape, [1])
+
+            def add_slot(i, totals):
+                own_slot = warpgroup + i * consumers
+                slot = lax.rem(n * slots + own_slot, stages)
+                kb = own_slot * slot_blocks
                 a = lax.div(kb, TILE_GROUPS)
+                w_scales = [
+                    of_columns(sw_smem.at[lax.rem(n, 2), r, atom_at(0, a)])
+                    for r in range(scale_rows)
+                ]
+                scale = jnp.where(in_top, *w_scales) if scale_rows == 2 else w_scales[0]
+                scales = [scale * of_columns(sx_smem.at[atom_at(m, a)]) for m in range(M)]
                 plgpu.barrier_wait(full.at[slot])
 
                 def multiply(*accumulators):
                     for m in range(M):
                         operand = x_smem.at[atom_at(m, a)]
-                        for b in range(_SLOT_BLOCKS):
+                        for b in range(slot_blocks):
                             plgpu.wgmma(
-                                accumulators[m * _SLOT_BLOCKS + b],
+                                accumulators[m * slot_blocks + b],
                                 w_smem.at[
                                     pl.ds(slot * rows, _WGMMA_ROWS), pl.ds(b * K_BLOCK, K_BLOCK)
                                 ],
@@ -272,40 +337,32 @@ def gemv(
                             )
                     return [accumulator[...] for accumulator in accumulators]
 
-                kind = plgpu.ACC((_WGMMA_ROWS, 8), jnp.float32)
-                blocks = pl.run_scoped(multiply, *[kind] * (M * _SLOT_BLOCKS))
+                kind = plgpu.ACC(shape, jnp.float32)
+                products = pl.run_scoped(multiply, *[kind] * (M * slot_blocks))
                 plgpu.barrier_arrive(empty.at[slot])
                 results = []
                 for m, total in enumerate(totals):
-                    x_scale = plgpu.load(
-                        sx_smem.at[atom_at(m, a)],
-                        layout=plgpu.Layout.WGMMA.reduce(0),
-                    )
-                    x_scale = lax.broadcast_in_dim(x_scale, total.shape, [1])
-                    for b in range(_SLOT_BLOCKS):
-                        scale = x_scale * w_scales[b][0]
-                        if straddles:
-                            scale = jnp.where(in_top, scale, x_scale * w_scales[b][1])
-                        # The other columns are other blocks of x by this block of the weight.
-                        own = column == kb + b - atom_start(a)
-                        total += jnp.where(own, blocks[m * _SLOT_BLOCKS + b] * scale, 0.0)
-                    results.append(total)
-                return next_scales, results
+                    # The other columns are other blocks of x by this block of the weight.
+                    own = products[m * slot_blocks]
+                    for b in range(1, slot_blocks):
+                        at = column == kb + b - atom_start(a)
+                        own = jnp.where(at, products[m * slot_blocks + b], own)
+                    first = kb - atom_start(a)
+                    inside = (column >= first) & (column < first + slot_blocks)
+                    results.append(total + jnp.where(inside, own * scales[m], 0.0))
+                return results
 
-            totals = [zero_accumulator(_WGMMA_ROWS, 8) for _ in range(M)]
-            return lax.fori_loop(0, pairs // consumers, add_slot, (w_scales, totals))[1]
+            totals = [zero_accumulator(*shape) for _ in range(M)]
+            return lax.fori_loop(0, slots // consumers, add_slot, totals)
 
-        def epilogue(sums, n0):
+        def epilogue(sums, n0, part):
             """Adds what the consumers have, the bias and the residual; stores the tile."""
 
             def row_of(ref, *index):
-                return plgpu.load(
-                    ref.at[(*index, pl.ds(0, _WGMMA_ROWS))], layout=plgpu.Layout.WGMMA.reduce(1)
-                )
+                return plgpu.load(ref.at[(*index, pl.ds(0, rows))], layout=_ROWS)
 
             if extras:
                 plgpu.barrier_wait(landed)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for m in range(M):
                 y = row_of(sums, 0, m)
                 for c in range(1, consumers):
@@ -314,42 +371,57 @@ def gemv(
                 for e, source in enumerate(extras):
                     extra = row_of(extra_smem, e, m if source is residual else 0)
                     y = (y.astype(jnp.float32) + extra.astype(jnp.float32)).astype(out_dtype)
-                y_smem[m] = y
+                if not gated:
+                    # Not by way of SMEM: a TMA store and the wait for it take longer.
+                    store(y_gmem.at[m, pl.ds(n0, rows)], y)
+                    continue
+
+                @pl.when(part == 0)
+                def _keep(m=m, y=y):
+                    gate_smem[m, pl.ds(0, rows)] = y
+
+                @pl.when(part == 1)
+                def _gate(m=m, up=y):
+                    gate = row_of(gate_smem, m).astype(jnp.float32)
+                    h = silu_mul(gate, up.astype(jnp.float32), out_dtype, _ROWS)
+                    store(y_gmem.at[m, pl.ds(n0 - columns, rows)], h.astype(out_dtype))
+
             plgpu.commit_smem()
-            for m in range(M):
-                plgpu.copy_smem_to_gmem(y_smem.at[m, pl.ds(0, rows)], y_gmem.at[m, pl.ds(n0, rows)])
 
         @pl.when(warpgroup == consumers)
         def _producer():
             l = in_stack(layer_gmem[0], L)
 
-            def copy(tile, pair, slot):
+            def copy(tile, step, slot):
+                n0, k0 = first_row(tile, lax.div(step, slots)), lax.rem(step, slots) * slot_columns
+                weights = w_gmem.at[l, pl.ds(n0, rows), pl.ds(k0, slot_columns)]
                 target = w_smem.at[pl.ds(slot * rows, rows)]
-                plgpu.copy_gmem_to_smem(weights(l, tile, pair), target, full.at[slot])
+                plgpu.copy_gmem_to_smem(weights, target, full.at[slot])
 
-            fill_ring(n_tiles, pairs, stages, empty, copy)
+            fill_ring(n_tiles, parts * slots, stages, empty, copy)
 
         @pl.when(warpgroup < consumers)
         def _consumer():
+            # All that is read, at once: what is asked for later waits in memory's queue behind the
+            # whole ring.
+            loaded = load_x()
             l = in_stack(layer_gmem[0], L)
-            # Ahead of what takes time.
-            w_scales = load_scales(l, lax.axis_index("sm"), warpgroup)
-            fill_x(l)
+            norm, scales = load_norm(l), load_scales(l, lax.axis_index("sm"), 0)
+            fill_x(loaded, norm)
+            store_scales(0, scales)
             plgpu.commit_smem()
             wait_for_all()
-            for_each_tile(
-                n_tiles, (jnp.int32(0), w_scales), lambda tile, carry: do_tile(l, tile, carry)
-            )
-            plgpu.wait_smem_to_gmem(0)
+            for_each_tile(n_tiles, jnp.int32(0), lambda tile, n: do_tile(l, tile, n))
 
     copies = sum(M if e is residual else 1 for e in extras)
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((M, N), out_dtype),
+        out_type=jax.ShapeDtypeStruct((M, columns), out_dtype),
         scratch_types=[
             plgpu.SMEM((M * atoms * TILE_GROUPS, K_BLOCK), FP8, transforms=swizzled(K, FP8)),
             plgpu.SMEM((M * atoms * TILE_GROUPS,), jnp.float32),
-            plgpu.SMEM((stages * rows + overhang, _SLOT), FP8, transforms=swizzled(K, FP8)),
+            plgpu.SMEM((stages * rows + overhang, slot_columns), FP8, transforms=swizzled(K, FP8)),
+            plgpu.SMEM((2, scale_rows, atoms * TILE_GROUPS), jnp.float32),
             plgpu.SMEM((2, consumers, M, _WGMMA_ROWS), jnp.float32),
             plgpu.SMEM((M, _WGMMA_ROWS), out_dtype),
             plgpu.SMEM((max(1, len(extras)), M, _WGMMA_ROWS), out_dtype),

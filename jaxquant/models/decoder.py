@@ -45,6 +45,9 @@ class Decoder(nnx.Module):
 
     layers_type: ClassVar[Any]
     norm_type: ClassVar[Any] = RMSNorm
+    # Layers that a decode step does in one turn of a loop on a GPU. Each is told its number by a
+    # kernel of its own, except where all are one turn: 2% of a step of one token.
+    unrolled: ClassVar[int] = 32
     # Path of a parameter, or the end of one within a layer -> what the checkpoint calls it, where
     # that differs.
     checkpoint_names: ClassVar[Mapping[str, str]] = {}
@@ -105,8 +108,11 @@ class Decoder(nnx.Module):
         """
         lengths = cache.lengths
         step = DecodeStep.of(lengths, self._ropes)
-        x, cache = self._run(tokens[:, None], step, cache, unroll=_unrolled())
+        x, cache = self._run(tokens[:, None], step, cache, self._unrolled())
         return self.head(x[:, 0]), dataclasses.replace(cache, lengths=lengths + 1)
+
+    def _unrolled(self) -> int:
+        return self.unrolled if jax.default_backend() == "gpu" else 1
 
     @property
     def _kinds(self) -> tuple:
@@ -117,7 +123,7 @@ class Decoder(nnx.Module):
         return [kind.rope for kind in self._kinds if kind is not None]
 
     def _run(
-        self, ids: Int[Array, "B T"], tokens: Any, cache: Any, unroll: int = 1
+        self, ids: Int[Array, "B T"], tokens: Any, cache: Any, unrolled: int = 1
     ) -> tuple[Float[Array, "B T K"], Any]:
         # The cache is carried and written in place; as a scanned input it would be copied.
         carry = self.embed(ids), cache
@@ -143,6 +149,7 @@ class Decoder(nnx.Module):
                     return x, cache
 
                 # Not a scan over an arange, from which XLA takes the number in a kernel of its own.
+                unroll = max(1, unrolled // period)
                 carry = lax.fori_loop(0, count, piece, carry, unroll=unroll)
         return carry
 
@@ -159,12 +166,6 @@ class Decoder(nnx.Module):
         cfg = self.cfg
         dtype = dtype or self.embed_tokens.weight.get_value().dtype
         return Cache.empty(cfg.num_layers, B, cfg.num_kv_heads, S, cfg.head_dim, dtype)
-
-
-def _unrolled() -> int:
-    """Layers that a decode step does in one turn of a loop."""
-    # A turn is counted by a kernel, and waits for the one before: 3% of one token's step on a GPU.
-    return 4 if jax.default_backend() == "gpu" else 1
 
 
 def _equal_layers(cfg: Any, variant: Callable[[Any, int], Hashable]) -> list[Stack]:

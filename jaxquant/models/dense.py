@@ -194,5 +194,6 @@ class MLP(nnx.Module):
         residual: Float[Array, "B T K"] | None = None,
     ) -> Float[Array, "B T K"]:
         """`mlp(norm(x)) + residual` of one layer."""
-        gate_up = self.gate_up_proj.joined(x, l, norm)
-        return self.down_proj(gate_up, l, ACTIVATIONS[self.activation], residual)
+        activation = ACTIVATIONS[self.activation]
+        y, activation = self.gate_up_proj.activated(x, l, norm, activation)
+        return self.down_proj(y, l, activation, residual)

@@ -11,7 +11,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from jaxquant.attention import rotate_halves
-from jaxquant.matmul import Prologue, RMSNorm as RMSNormPrologue, grouped_matmul, matmul
+from jaxquant.matmul import (
+    Prologue,
+    RMSNorm as RMSNormPrologue,
+    fuses_epilogue,
+    grouped_matmul,
+    matmul,
+)
 
 
 def unloaded(*shape: int, dtype: Any) -> nnx.Param:
@@ -86,6 +92,19 @@ class FusedLinear(nnx.Module):
             return _linear(self, x, layer, prologue)
         return jnp.concatenate(self(x, layer, prologue), axis=-1)
 
+    def activated(
+        self,
+        x: Float[Array, "*batch A"],
+        layer: Any,
+        prologue: Prologue | None,
+        activation: Prologue,
+    ) -> tuple[Float[Array, "*batch _"], Prologue | None]:
+        """`activation(joined(...))` if that is to be had for nothing, and what is left to apply."""
+        contiguous = sum(end - start for start, end in self.rows) == self.rows[-1][1]
+        if contiguous and fuses_epilogue(x, self.weight.get_value(), activation):
+            return _linear(self, x, layer, prologue, epilogue=activation), None
+        return self.joined(x, layer, prologue), activation
+
 
 def fused_rows(sizes: Iterable[int], stack: Stack) -> tuple[tuple[int, int], ...]:
     """The first row of each projection in a fused weight, and the one behind its last."""
@@ -142,9 +161,24 @@ class SeparateLinear(nnx.Module):
         """The projections one behind the other."""
         return jnp.concatenate(self(x, layer, prologue), axis=-1)
 
+    def activated(
+        self,
+        x: Float[Array, "*batch A"],
+        layer: Any,
+        prologue: Prologue | None,
+        activation: Prologue,
+    ) -> tuple[Float[Array, "*batch _"], Prologue | None]:
+        """See `FusedLinear.activated`."""
+        return self.joined(x, layer, prologue), activation
+
 
 def _linear(
-    module: Any, x: Array, layer: Any, prologue: Prologue | None, residual: Array | None = None
+    module: Any,
+    x: Array,
+    layer: Any,
+    prologue: Prologue | None,
+    residual: Array | None = None,
+    epilogue: Prologue | None = None,
 ) -> Array:
     bias = None if module.bias is None else module.bias.get_value()
     return matmul(
@@ -154,6 +188,7 @@ def _linear(
         prologue=prologue,
         bias=bias,
         residual=residual,
+        epilogue=epilogue,
     )
 
 

@@ -31,7 +31,7 @@ from jaxquant.matmul import (
     mosaic_gpu,
 )
 from jaxquant.matmul.act_quant_sm90 import quantize, quantize_tokens
-from jaxquant.matmul.api import matmul
+from jaxquant.matmul.api import fuses_epilogue, matmul
 from jaxquant.matmul.sm90 import SMEM_BYTES, round_up
 
 # Few, so that a thread block goes through several tiles.
@@ -291,23 +291,71 @@ def assert_quantized(qvalue: Any, scale: Any, x: jax.Array) -> None:
 
 
 @pytest.mark.parametrize(
-    ("M", "N", "K", "rows", "consumers", "dtype"),
+    ("M", "N", "K", "config", "dtype"),
     [
-        (1, 128, 1024, 64, 4, BF16),
-        (2, 136, 1280, 24, 1, BF16),  # tiles on both sides of a scale's end
-        (1, 200, 1536, 32, 3, F32),  # the last tile overlaps the one before
+        (1, 128, 1024, (64, 2, 4), BF16),
+        (2, 136, 1280, (24, 2, 1), BF16),  # tiles on both sides of a scale's end
+        (1, 200, 1536, (32, 4, 3), F32),  # the last tile overlaps the one before
     ],
 )
 @pytest.mark.parametrize("quantized", [False, True])
-def test_every_cut_of_the_kernel_for_one_token(hopper, M, N, K, rows, consumers, dtype, quantized):
+def test_every_cut_of_the_kernel_for_one_token(hopper, M, N, K, config, dtype, quantized):
     x, w, layer = tokens((M, K), dtype=dtype), weight((1, N, K)), jnp.zeros(1, jnp.int32)
     x_operands = quantize_tokens(None, x, K, M) if quantized else (x, None)
-    config = gemv_sm90.Config(rows, consumers)
+    config = gemv_sm90.Config(*config)
     y = gemv_sm90.gemv(
         *x_operands, w.qvalue, w.scale, layer, out_dtype=dtype, config=config, sms=SMS
     )
     assert y.dtype == dtype
     assert_close(y, definition(x, w.qvalue[0], w.scale[0]))
+
+
+def gated(y: jax.Array) -> np.ndarray:
+    return np.asarray(SiluMul()(y), np.float64)
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "config", "dtype"),
+    [
+        (1, 512, 1024, (64, 4, 2), BF16),  # one thread block has two tiles
+        (2, 144, 1280, (24, 2, 1), BF16),
+        (1, 400, 1536, (32, 4, 3), F32),  # the last tile overlaps the one before
+    ],
+)
+def test_every_cut_of_a_gated_product(hopper, M, N, K, config, dtype):
+    x, w, bias = tokens((M, K), dtype=dtype), weight((1, N, K)), tokens((1, N), dtype=dtype)
+    config = gemv_sm90.Config(*config)
+    h = gemv_sm90.gemv(
+        x, None, w.qvalue, w.scale, jnp.zeros(1, jnp.int32), None, bias,
+        gated=True, out_dtype=dtype, config=config, sms=SMS,
+    )  # fmt: skip
+    y = jnp.asarray(definition(x, w.qvalue[0], w.scale[0])).astype(dtype) + bias
+    assert (h.shape, h.dtype) == ((M, N // 2), dtype)
+    assert_close(h, gated(y))
+
+
+def test_an_epilogue_is_fused_where_that_is_free(hopper, monkeypatch):
+    x, w, norm = tokens((1, 1, 1024)), weight((3, 144, 1024)), prologue_of("rms_norm", 1024)
+
+    def product(x, **kwargs):
+        return matmul(x, w, layer=1, prologue=norm, epilogue=SiluMul(), **kwargs)
+
+    expected = product(x, implementation="xla")
+    assert not fuses_epilogue(x, w, SiluMul())  # on one of several devices
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert fuses_epilogue(x, w, SiluMul())
+    assert not fuses_epilogue(x, w, Twice())
+    assert not fuses_epilogue(tokens((3, 1024)), w, SiluMul())
+    assert not fuses_epilogue(x, jax.tree.map(lambda a: a[:, :136], w), SiluMul())
+    y = product(x)
+    assert y.shape == (1, 1, 72)
+    np.testing.assert_allclose(
+        np.asarray(y, np.float32), np.asarray(expected, np.float32), rtol=0.05, atol=0.01
+    )
+    np.testing.assert_array_equal(jax.vmap(product)(jnp.stack([x, x]))[1], y)
+    dx = jax.grad(lambda x: product(x).astype(jnp.float32).sum())(x)
+    by_xla = jax.grad(lambda x: product(x, implementation="xla").astype(jnp.float32).sum())(x)
+    assert_close(dx, np.asarray(by_xla, np.float64))
 
 
 @pytest.mark.parametrize(
@@ -358,12 +406,13 @@ def test_vmap_over_what_stands_around(hopper):
 @pytest.mark.parametrize(
     ("N", "K", "config"),
     [
-        (4096, 14336, (64, 4)),
-        (6144, 4096, (64, 4)),
-        (28672, 4096, (56, 4)),
-        (1536, 1536, (16, 3)),
-        (8, 1280, (8, 1)),
-        (128256, 4096, (56, 4)),  # not many small tiles, though these would be the most even
+        (4096, 14336, (32, 4, 2)),
+        (6144, 4096, (48, 4, 2)),
+        (28672, 4096, (56, 4, 2)),
+        (14336, 4096, (56, 4, 2)),
+        (1536, 1536, (16, 4, 3)),
+        (8, 1280, (8, 2, 1)),
+        (128256, 4096, (56, 4, 2)),  # not many small tiles, though these would be the most even
     ],
 )
 def test_how_one_token_is_cut_for_132_multiprocessors(N, K, config):

@@ -14,7 +14,7 @@ from numpy_reference import BF16, make_weight, normal
 
 from jaxquant import blocked
 from jaxquant.config import QuantConfig
-from jaxquant.matmul import RMSNorm, SiluMul, mosaic_gpu
+from jaxquant.matmul import RMSNorm, SiluMul, gemv_sm90, mosaic_gpu
 from jaxquant.matmul.act_quant_sm90 import quantize
 from jaxquant.matmul.api import matmul
 
@@ -59,6 +59,18 @@ def test_products(M, N, K, scheme):
     y = matmul(x, w, implementation="mosaic_gpu", **args)
     expected = matmul(x, w, implementation="xla", **args)
     assert np.linalg.norm(y - expected) < 1e-2 * np.linalg.norm(expected)
+    assert_no_races()
+
+
+@pytest.mark.parametrize("M", [1, 2])
+def test_a_gated_product(M):
+    w = blocked.quantize(jnp.asarray(make_weight(normal, (1, 512, 2048), BF16, 0)))
+    norm, layer = RMSNorm(random(1, 2048), 1e-5), jnp.zeros(1, jnp.int32)
+    config = gemv_sm90.Config(rows=64, slot_blocks=4, consumers=2)
+    gemv_sm90.gemv(
+        random(M, 2048), None, w.qvalue, w.scale, layer, norm,
+        gated=True, out_dtype=BF16, config=config, sms=2,
+    )  # fmt: skip
     assert_no_races()
 
 
