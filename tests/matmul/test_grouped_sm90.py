@@ -35,7 +35,6 @@ def interpret(**params):
 @pytest.fixture
 def hopper(monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "multiprocessors", lambda x, what: SMS)
-    monkeypatch.setattr(grouped, "BY_DEFAULT", True)
     with interpret():
         yield
 
