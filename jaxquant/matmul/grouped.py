@@ -198,13 +198,19 @@ def _run(
     T = len(x)
     if rows is not None:
         T = len(rows)
-        xq = xq[jnp.pad(rows, (0, -T % 8))]
+        xq = _take_bytes(xq, jnp.pad(rows, (0, -T % 8)))
         sx = sx[:, jnp.pad(rows, (0, -T % 64))]
     config = grouped_sm90.default_config(T, E, N, sms)
     return grouped_sm90.grouped(
         xq, sx, qvalue, scale, group_sizes, layer,
         T=T, out_dtype=out_dtype, config=config, sms=sms,
     )  # fmt: skip
+
+
+def _take_bytes(xq: Array, rows: Array) -> Array:
+    """`xq[rows]`, four bytes at a time."""
+    words = lax.bitcast_convert_type(xq.reshape(len(xq), -1, 4), jnp.uint32)[rows]
+    return lax.bitcast_convert_type(words, xq.dtype).reshape(len(rows), -1)
 
 
 def tiled(
