@@ -2,16 +2,19 @@
 
     python benchmarks/grouped.py [-t 1 512] [-o benchmarks/results/grouped-h200.md]
 
-Each token goes to 8 experts at random. What an expert's product needs at least is set beside it:
+Each token goes to 8 experts at random. What the experts' products need at least is set beside
+them: `matmul` of a dense weight as large as the experts that have tokens, by as many tokens as
+these have on average, which is the same bytes and the same FLOPs.
 
-    same bytes  `matmul` of a dense weight as large as the experts that have tokens, by as many
-                tokens as these have on average: the same bytes and the same FLOPs
-    loop        tile by tile, each by `matmul`
-    grouped     the kernel of all experts
-    with quant  the same with the kernel that quantizes the activations before
+    same bytes  the kernel of that dense product, and with the quantization of its tokens
+    grouped     the kernel of all experts, and with what comes before it: every token is quantized
+                once, and its row gathered for each of its experts (for few tokens the other way
+                round)
+    loop        tile by tile, each gathered, quantized and multiplied by `matmul`
+    to dense    "grouped" by "same bytes", the kernels alone and with what comes before
 
-All but "grouped" quantize BF16 activations. Then a layer of Qwen3-30B-A3B's experts from the
-router to the weighted sum, in FP8 and in BF16, which is a loop over tiles.
+Then a layer of Qwen3-30B-A3B's experts from the router to the weighted sum, in FP8 and in BF16,
+which is a loop over tiles.
 
 One clock for all: the durations of the kernels on the device, by CUPTI, added up; gaps between
 kernels, of which a loop has many, are in none of them. Calls take turns with routings and tokens
@@ -21,9 +24,9 @@ more than the L2 cache holds. The least of the repeats.
 
 import argparse
 import datetime
-import functools
 import math
 import pathlib
+import re
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +51,7 @@ TOP_K = 8
 SETS = 4
 REPEATS = 3
 KERNEL = "jaxquant_grouped_fp8"
+PRODUCT = re.compile("jaxquant_(gemm|decode|gemv|grouped)_fp8")
 # Layers, experts, intermediate and hidden size of Qwen3-30B-A3B.
 MOE_LAYER = (2, 128, 768, 2048)
 
@@ -67,11 +71,12 @@ def random_experts(shape: tuple[int, ...]) -> jq.QuantizedArray:
     return jq.QuantizedArray(make(jax.random.key(0)), scale, (128, 128), np.dtype(jnp.bfloat16))
 
 
-def routing(tokens: int, E: int, seed: int) -> np.ndarray:
-    """How many of the tokens each expert has."""
-    rng = np.random.default_rng((tokens, seed))
-    chosen = [rng.choice(E, TOP_K, replace=False) for _ in range(tokens)]
-    return np.bincount(np.concatenate(chosen), minlength=E).astype(np.int32)
+def routing(tokens: int, E: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """How many of the tokens each expert has, and which, one expert's after the other's."""
+    scores = np.random.default_rng((tokens, seed)).random((tokens, E))
+    chosen = np.argpartition(scores, TOP_K - 1, axis=1)[:, :TOP_K].ravel()
+    rows = np.argsort(chosen, kind="stable") // TOP_K
+    return np.bincount(chosen, minlength=E).astype(np.int32), rows.astype(np.int32)
 
 
 def joined(w: jq.QuantizedArray, experts: int) -> jq.QuantizedArray:
@@ -111,8 +116,12 @@ def dense(x: jax.Array, w: jq.QuantizedArray, layer: jax.Array) -> jax.Array:
     return jq.matmul(x, w, layer=layer)
 
 
-def loop(x: jax.Array, w: jq.QuantizedArray, sizes: jax.Array) -> jax.Array:
-    return grouped.tiled(x, w, sizes, None, x.dtype, None)
+def experts(x: jax.Array, w: jq.QuantizedArray, sizes: jax.Array, rows: jax.Array) -> jax.Array:
+    return grouped_matmul(x, w, sizes, rows=rows)
+
+
+def loop(x: jax.Array, w: jq.QuantizedArray, sizes: jax.Array, rows: jax.Array) -> jax.Array:
+    return grouped.tiled(x[rows], w, sizes, None, x.dtype, None)
 
 
 def jobs_of(w: jq.QuantizedArray, tokens: int) -> tuple[int, dict[str, tuple[Any, list[Any]]]]:
@@ -120,45 +129,47 @@ def jobs_of(w: jq.QuantizedArray, tokens: int) -> tuple[int, dict[str, tuple[Any
     E, _, K = w.qvalue.shape
     T = tokens * TOP_K
     routings = [routing(tokens, E, seed) for seed in range(SETS)]
-    hit = round(np.mean([(sizes > 0).sum() for sizes in routings]))
+    hit = round(np.mean([(sizes > 0).sum() for sizes, _ in routings]))
     keys = jax.random.split(jax.random.key(1), SETS)
-    xs = [jax.random.normal(key, (T, K), jnp.bfloat16) for key in keys]
-    calls = [(x, w, jnp.asarray(sizes)) for x, sizes in zip(xs, routings, strict=True)]
+    mean = -(-T // hit)
+    xs = [jax.random.normal(key, (max(tokens, mean), K), jnp.bfloat16) for key in keys]
+    calls = [(x[:tokens], w, *map(jnp.asarray, of)) for x, of in zip(xs, routings, strict=True)]
     stack = joined(w, hit)
-    mean = [(x[: -(-T // hit)], stack, jnp.int32(i)) for i, x in enumerate(xs)]
-    kernel = functools.partial(grouped_matmul, implementation="mosaic_gpu")
-    return hit, {"same bytes": (dense, mean), "grouped": (kernel, calls), "loop": (loop, calls)}
+    same_bytes = [(x[:mean], stack, jnp.int32(i)) for i, x in enumerate(xs)]
+    return hit, {
+        "same bytes": (dense, same_bytes),
+        "grouped": (experts, calls),
+        "loop": (loop, calls),
+    }
 
 
 def compiled(run: Any, calls: list[tuple[Any, ...]]) -> Any:
     return jax.jit(run).lower(*calls[0]).compile()
 
 
-def measure(runs: dict[str, Any], jobs: dict[str, tuple[Any, list[Any]]]) -> dict[str, float]:
-    """Microseconds by column."""
-    times = {name: kernel_microseconds(run, jobs[name][1]) for name, run in runs.items()}
-    kernel = sum(us for name, us in times["grouped"].items() if name.startswith(KERNEL))
-    us = {name: by_name["all"] for name, by_name in times.items()}
-    return us | {"grouped": kernel, "with quant": us["grouped"]}
+def measure(runs: dict[str, Any], jobs: dict[str, tuple[Any, list[Any]]]) -> dict[str, Any]:
+    """Microseconds by column: of the product's kernel, and of all."""
+    us = {}
+    for name, run in runs.items():
+        by_kernel = kernel_microseconds(run, jobs[name][1])
+        product = sum(us for kernel, us in by_kernel.items() if PRODUCT.match(kernel))
+        us[name] = product, by_kernel["all"]
+    return us
 
 
 HEADER = """\
-| tokens | experts hit | same bytes | loop | grouped | with quant | to dense | to loop | TB/s | TFLOP/s |
-|-------:|------------:|-----------:|-----:|--------:|-----------:|---------:|--------:|-----:|--------:|"""  # noqa: E501
+| tokens | experts hit | same bytes | with quant | grouped | with quant | loop | to dense | with quant | TB/s | TFLOP/s |
+|-------:|------------:|-----------:|-----------:|--------:|-----------:|-----:|---------:|-----------:|-----:|--------:|"""  # noqa: E501
 
 
-def table_row(N: int, K: int, tokens: int, hit: int, us: dict[str, float]) -> str:
-    """One line of the table; "to dense" is with quant by the same bytes."""
-    least = us["same bytes"]
-    columns = ("same bytes", "loop", "grouped", "with quant")
-    cells = [f"{us[c]:.1f}" for c in columns]
-    ratios = [f"{us['with quant'] / least:.2f}", f"{us['loop'] / us['with quant']:.2f}"]
-    rates = (
-        hit * N * K / us["grouped"] / 1e6,
-        2 * tokens * TOP_K * N * K / us["grouped"] / 1e6,
-    )
-    rate_cells = [f"{rates[0]:.2f}", f"{rates[1]:.0f}"]
-    return f"| {' | '.join([str(tokens), str(hit), *cells, *ratios, *rate_cells])} |"
+def table_row(N: int, K: int, tokens: int, hit: int, us: dict[str, Any]) -> str:
+    """One line of the table."""
+    least, kernel = us["same bytes"], us["grouped"]
+    times = [f"{t:.1f}" for t in (*least, *kernel, us["loop"][1])]
+    ratios = [f"{a / b:.2f}" for a, b in zip(kernel, least, strict=True)]
+    bandwidth, rate = hit * N * K / kernel[0] / 1e6, 2 * tokens * TOP_K * N * K / kernel[0] / 1e6
+    cells = [str(tokens), str(hit), *times, *ratios, f"{bandwidth:.2f}", f"{rate:.0f}"]
+    return f"| {' | '.join(cells)} |"
 
 
 BLOCK_HEADER = """
@@ -193,7 +204,6 @@ def measure_layer(tokens: list[int]) -> list[str]:
     """The lines of the table of a whole layer."""
     times: dict[bool, list[dict[str, float]]] = {}
     L, *sizes = MOE_LAYER
-    grouped.BY_DEFAULT = True
     for fp8 in (True, False):
         run, state = moe_layer((L, *sizes), fp8)
         times[fp8] = []
@@ -225,8 +235,7 @@ def main() -> None:
         "# Products with FP8 experts, microseconds\n",
         f"{device.device_kind}, {datetime.date.today().isoformat()}, jax {jax.__version__}, "
         f"jaxlib {jaxlib.__version__}, jaxquant {jq.__version__}. Top {TOP_K} of random routing, "
-        "BF16 activations. Kernel times by CUPTI; columns: see `benchmarks/grouped.py`. To dense: "
-        "with quant by the same bytes.",
+        "BF16 activations. Kernel times by CUPTI; columns: see `benchmarks/grouped.py`.",
     ]
     print("\n".join(lines), flush=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)

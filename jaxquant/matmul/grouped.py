@@ -20,9 +20,6 @@ from jaxquant.matmul.prologue import Prologue, SiluMul
 
 _logger = logging.getLogger(__name__)
 
-# Whether the kernel is taken unasked. It is right on an H200, and has yet to be timed there.
-BY_DEFAULT = False
-
 # Rows that one step of the reference multiplies, at most: dequantizing a matrix costs about as
 # much as multiplying a few rows by it, so beyond that there is nothing to gain.
 _MAX_TILE = 128
@@ -58,8 +55,8 @@ def grouped_matmul(
       layer: which of the stack, possibly traced.
       prologue: applied to x; see `jaxquant.matmul.prologue`.
       preferred_element_type: dtype of the result; default x's.
-      implementation: of the products; see `jaxquant.matmul`. With "mosaic_gpu", and without it if
-        `BY_DEFAULT`, they are one kernel; of what it does not take, a loop over tiles.
+      implementation: of the products; see `jaxquant.matmul`. By default, and with "mosaic_gpu",
+        they are one kernel; what it does not take is a loop over tiles.
 
     Returns:
       `[T, N]`.
@@ -97,8 +94,6 @@ def _quantized(
 ) -> Array:
     if implementation in (None, "mosaic_gpu"):
         try:
-            if implementation is None and not BY_DEFAULT:
-                raise NotImplementedError("mosaic_gpu: the kernel of experts is not the default")
             return _in_one_kernel(x, w, group_sizes, rows, layer, prologue, out_dtype)
         except NotImplementedError as reason:
             _logger.debug("grouped_matmul of x %s: a loop over tiles; %s", list(x.shape), reason)
@@ -203,13 +198,19 @@ def _run(
     T = len(x)
     if rows is not None:
         T = len(rows)
-        xq = xq[jnp.pad(rows, (0, -T % 8))]
+        xq = _take_bytes(xq, jnp.pad(rows, (0, -T % 8)))
         sx = sx[:, jnp.pad(rows, (0, -T % 64))]
     config = grouped_sm90.default_config(T, E, N, sms)
     return grouped_sm90.grouped(
         xq, sx, qvalue, scale, group_sizes, layer,
         T=T, out_dtype=out_dtype, config=config, sms=sms,
     )  # fmt: skip
+
+
+def _take_bytes(xq: Array, rows: Array) -> Array:
+    """`xq[rows]`, four bytes at a time."""
+    words = lax.bitcast_convert_type(xq.reshape(len(xq), -1, 4), jnp.uint32)[rows]
+    return lax.bitcast_convert_type(words, xq.dtype).reshape(len(rows), -1)
 
 
 def tiled(

@@ -42,6 +42,9 @@ from jaxquant.matmul.sm90 import (
 _WGMMA_ROWS = 64
 _CONSUMERS = 2
 _MAX_STAGES = 12
+# Rows of a tile of two waves, and tokens, at most: what a thread's registers hold.
+_WIDE_N = 256
+_WIDE_TOKENS = 120
 # Tiles begin at multiples of so many tokens: TMA counts in whole tiles of SMEM.
 _ALIGNMENT = 8
 # Entries of the table that a warpgroup makes at a time.
@@ -64,11 +67,17 @@ class Config:
     Attributes:
       widths: tokens that a tile may have, ascending multiples of 8. A tile takes the least that
         holds what it has, and a group with more than the last is cut.
-      tile_n: rows of the weight in a tile: a multiple of 8 from 64 to 128, at most N.
+      tile_n: rows of the weight in a tile: a multiple of 8 from 64 to 128, at most N; or 256, of
+        an N in multiples of 128, with up to 120 tokens.
     """
 
     widths: tuple[int, ...]
     tile_n: int = 128
+
+    @property
+    def waves(self) -> int:
+        """How many times 64 rows of the weight a consumer makes of a tile."""
+        return 2 if self.tile_n == _WIDE_N else 1
 
 
 def default_config(T: int, E: int, N: int, sms: int) -> Config:
@@ -82,8 +91,14 @@ def default_config(T: int, E: int, N: int, sms: int) -> Config:
         widths = (8, 16, 32, 64)
     elif mean <= 48:
         widths = (16, 32, 48, 64, 96)
-    else:
+    elif mean <= 144 or N % _WIDE_N:
         widths = (64, 96, 112, 120, 128, 136, 144)
+    else:
+        # What most groups are cut into, their neighbours, and what is left of odd ones.
+        cuts = cdiv(round(mean) + _ALIGNMENT - 1, _WIDE_TOKENS)
+        usual = round_up(cdiv(round(mean) + _ALIGNMENT // 2, cuts), _ALIGNMENT)
+        near = (w for w in (usual - 8, usual, usual + 8) if w < _WIDE_TOKENS)
+        return Config(tuple(sorted({64, *near, _WIDE_TOKENS})), _WIDE_N)
     widths = tuple(sorted({min(w, round_up(T, _ALIGNMENT)) for w in widths}))
     hit = max(1, round(E * (1 - (1 - 1 / E) ** T)))
 
@@ -130,7 +145,7 @@ def grouped(
     (matrices, N, K), E = wq.shape, group_sizes.shape[0]
     out_dtype = jnp.dtype(out_dtype)
     widths, tile_n = config.widths, config.tile_n
-    most = widths[-1]
+    most, waves = widths[-1], config.waves
     steps, n_tiles, scale_rows = cdiv(K, K_BLOCK), cdiv(N, tile_n), cdiv(N, SCALE_ROWS)
     scale_cols = min(most, sx.shape[1])
     # Whether a consumer's rows may have two scales.
@@ -270,7 +285,7 @@ def grouped(
         def _consumer():
             consumer_registers(_CONSUMERS)
             plgpu.barrier_wait(tabled)
-            n_offset = pl.multiple_of(warpgroup * (tile_n - _WGMMA_ROWS), 8)
+            n_offset = pl.multiple_of(warpgroup * (tile_n - waves * _WGMMA_ROWS), 8)
 
             def load_scales(group, n0, step):
                 """The weight's scales in the one or two of its rows that a consumer may meet."""
@@ -296,9 +311,9 @@ def grouped(
                 return tile, load_scales(tile[0], tile[1], 0)
 
             def main_loop(width, tile, slot, scales):
-                """The sums of 64 rows of the weight by the tokens of a tile."""
+                """The sums of 64 rows of the weight at a time by the tokens of a tile."""
                 group, n0, begin, *_ = tile
-                w_rows, tokens = pl.ds(n_offset, _WGMMA_ROWS), pl.ds(0, width)
+                tokens = pl.ds(0, width)
                 scale_tokens = pl.ds(begin - first_scale(begin), width)
                 meeting = SCALE_ROWS - lax.rem(n0 + n_offset, SCALE_ROWS)
 
@@ -312,15 +327,17 @@ def grouped(
                     w_scale = lax.broadcast_in_dim(w_scale, block.shape, [0])
                     return total + block * lax.broadcast_in_dim(x_scale, block.shape, [1]) * w_scale
 
+                def start(slot, wave, block):
+                    w_rows = pl.ds(n_offset + wave * _WGMMA_ROWS, _WGMMA_ROWS)
+                    return tensor_cores.start(w_smem, x_smem, slot, w_rows, tokens, block, K)
+
                 # What a step begins with was awaited by the one before, in the shadow of its
                 # products.
                 def add_block(step, carry):
-                    slot, scales, block, total = carry
-                    scales_next, slot_next = (
-                        load_scales(group, n0, step + 1),
-                        next_slot(slot, stages),
-                    )
-                    block = tensor_cores.start(w_smem, x_smem, slot, w_rows, tokens, block, K)
+                    slot, scales, block, totals = carry
+                    scales_next = load_scales(group, n0, step + 1)
+                    slot_next = next_slot(slot, stages)
+                    block = start(slot, 0, block)
                     x_scale = plgpu.load(
                         sx_smem.at[slot, scale_tokens], layout=plgpu.Layout.WGMMA.reduce(0)
                     )
@@ -329,21 +346,28 @@ def grouped(
                     def _await_next():
                         plgpu.barrier_wait(full.at[slot_next])
 
-                    block = tensor_cores.wait(block, K)
-                    plgpu.barrier_arrive(empty.at[slot])
-                    return slot_next, scales_next, block, promote(total, block, x_scale, scales)
+                    sums = []
+                    for wave, total in enumerate(totals):
+                        if wave > 0:
+                            block = start(slot, wave, block)
+                        block = tensor_cores.wait(block, K)
+                        if wave == waves - 1:
+                            plgpu.barrier_arrive(empty.at[slot])
+                        sums.append(promote(total, block, x_scale, scales))
+                    return slot_next, scales_next, block, tuple(sums)
 
                 zero = zero_accumulator(_WGMMA_ROWS, width)
-                slot, _, _, total = lax.fori_loop(0, steps, add_block, (slot, scales, zero, zero))
-                return slot, total
+                init = slot, scales, zero, (zero,) * waves
+                slot, _, _, totals = lax.fori_loop(0, steps, add_block, init)
+                return slot, totals
 
-            def epilogue(width, total, tile):
+            def epilogue(width, total, tile, wave):
                 """Registers to SMEM to GMEM, where the rows of other groups are not to be touched.
 
                 Copies have sizes that are known beforehand: those of the bits of a number of rows.
                 """
                 _, n0, begin, low, high = tile
-                column = n0 + n_offset
+                column = n0 + n_offset + wave * _WGMMA_ROWS
                 if not straddles:
                     column = pl.multiple_of(column, _WGMMA_ROWS)
                 columns = pl.ds(column, _WGMMA_ROWS)
@@ -402,11 +426,12 @@ def grouped(
 
                 def of_width(width):
                     def run(slot):
-                        slot, total = main_loop(width, tile, slot, scales)
-                        total = jnp.where(jnp.broadcast_to(tile[0] < E, total.shape), total, 0.0)
+                        slot, totals = main_loop(width, tile, slot, scales)
                         # Before the results are stored, so that the scales arrive meanwhile.
                         following = await_tile(slot, tile, index + sms < tiles)
-                        epilogue(width, total, tile)
+                        in_group = jnp.broadcast_to(tile[0] < E, totals[0].shape)
+                        for wave, total in enumerate(totals):
+                            epilogue(width, jnp.where(in_group, total, 0.0), tile, wave)
                         return slot, *following
 
                     return run

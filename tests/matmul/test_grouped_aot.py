@@ -38,9 +38,8 @@ def compile_all() -> list[str]:
     import numpy as np
 
     from jaxquant.array import QuantizedArray
-    from jaxquant.matmul import grouped, grouped_matmul
+    from jaxquant.matmul import grouped_matmul
 
-    grouped.BY_DEFAULT = True
     sharding = h200()
 
     def shaped(shape, dtype):

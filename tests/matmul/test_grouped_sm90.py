@@ -35,7 +35,6 @@ def interpret(**params):
 @pytest.fixture
 def hopper(monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "multiprocessors", lambda x, what: SMS)
-    monkeypatch.setattr(grouped, "BY_DEFAULT", True)
     with interpret():
         yield
 
@@ -109,13 +108,34 @@ def run(x, w, sizes, config):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("T", [1, 16, 200, 5000])
-def test_every_width_of_a_config(hopper, T):
-    config = grouped_sm90.default_config(T, 8, 64, SMS)
+@pytest.mark.parametrize(("T", "N"), [(1, 64), (16, 64), (200, 64), (5000, 64), (5000, 256)])
+def test_every_width_of_a_config(hopper, T, N):
+    config = grouped_sm90.default_config(T, 8, N, SMS)
+    assert config.waves == (2 if N == 256 else 1)
     # A group that fills each width less one row, with an offset; and one that is cut.
     sizes = [3, *(w - 4 for w in config.widths), 2 * config.widths[-1] + 5]
-    x, w = tokens(sum(sizes), 128), experts((len(sizes), 64, 128))
+    x, w = tokens(sum(sizes), 128), experts((len(sizes), N, 128))
     assert_close(run(x, w, sizes, config), definition(x, w, sizes))
+
+
+def test_tiles_of_two_waves_that_overlap(hopper):
+    sizes = [3, 30, 0, 57]
+    x, w = tokens(95, 256), experts((4, 384, 256))
+    assert_close(run(x, w, sizes, Config((16, 40), 256)), definition(x, w, sizes))
+
+
+@pytest.mark.parametrize(
+    ("T", "E", "N", "config"),
+    [
+        (32768, 128, 1536, Config((64, 80, 88, 96, 120), 256)),  # groups of 256: three tiles of 88
+        (32768, 64, 2816, Config((64, 96, 104, 112, 120), 256)),
+        (32768, 64, 1408, Config((64, 96, 112, 120, 128, 136, 144))),  # not whole tiles of 256
+        (32768, 8, 2816, Config((64, 112, 120), 256)),
+        (512, 128, 1536, Config((8, 16, 32, 64))),
+    ],
+)
+def test_tiles_are_as_the_groups_are_likely_to_be(T, E, N, config):
+    assert grouped_sm90.default_config(T, E, N, 132) == config
 
 
 def test_more_groups_than_are_summed_at_a_time(hopper):

@@ -42,9 +42,8 @@ def compile_all() -> dict[str, str | None]:
     from jax.sharding import NamedSharding, PartitionSpec
 
     from jaxquant.array import QuantizedArray
-    from jaxquant.matmul import SiluMul, grouped, grouped_matmul, matmul
+    from jaxquant.matmul import SiluMul, grouped_matmul, matmul
 
-    grouped.BY_DEFAULT = True
     mesh = h200s(2)
     rows, columns = PartitionSpec("x"), PartitionSpec(None, "x")
 

@@ -34,12 +34,10 @@ def compile_all() -> list[str]:
     from flax import nnx
 
     from jaxquant.array import QuantizedArray
-    from jaxquant.matmul import grouped
     from jaxquant.models.layers import Stack
     from jaxquant.models.moe import MoE, Routing
 
     L, E, H, W = 2, 16, 2048, 768
-    grouped.BY_DEFAULT = True
     sharding = h200()
     config: Any = types.SimpleNamespace(
         routing=Routing(E, 8), hidden_size=H, moe_intermediate_size=W, correction=False
