@@ -30,20 +30,21 @@ from jaxquant.matmul.sm90 import (
     for_each_tile,
     in_stack,
     producer_registers,
-    ring_stages,
     round_up,
     swizzled,
     zero_accumulator,
 )
 
 _TOKENS = (8, 16, 32, 64, 96, 128)
-_MAX_STAGES = 12
-# K blocks of a tile from which on a second consumer pays.
-_LONG = 56
-# And those of a consumer from which on it is worth to have two products in flight.
-_MIN_PAIRED = 16
-# Tokens of which two products and their sum fit into the registers.
-_MAX_PAIRED = 64
+# Bytes of the weight in a slot: few and long reads.
+_SLOT_BYTES = 32 << 10
+# And in the ring: enough to keep the memory busy. Half of it, or twice, takes longer.
+_RING_BYTES = 96 << 10
+# K blocks of a slot, and tokens of which the products of several and their sum fit into registers.
+_BLOCKS = (4, 2, 1)
+_MAX_TOGETHER = 64
+# A barrier's phases are the bits of an int32.
+_MAX_STAGES = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +54,15 @@ class Config:
     Attributes:
       tile_n: rows of the weight in a tile: 64 or 128.
       turns: consumers that share a tile's K blocks.
-      splits: thread blocks, a cluster, that share a tile's K blocks. The product with
-        `turns` divides ceil(K / 128).
+      splits: thread blocks, a cluster, that share a tile's K blocks.
+      blocks: K blocks in a slot of the ring. The product with `turns` and `splits` divides
+        ceil(K / 128).
     """
 
     tile_n: int
     turns: int = 1
     splits: int = 1
+    blocks: int = 1
 
     @property
     def groups(self) -> int:
@@ -87,9 +90,15 @@ def default_config(M: int, N: int, K: int, sms: int) -> Config:
     tiles = cdiv(N, tile_n)
     fitting = (s for s in (4, 2) if _fits(tiles, s, sms) and _can_split(steps, s))
     splits = next(fitting, 1)
-    long = tile_n == 64 and steps // splits >= _LONG and steps // splits % 2 == 0
-    paired = Config(tile_n, 2, splits)
-    return paired if long and _has_ring(paired, M) else Config(tile_n, 1, splits)
+    return Config(tile_n, 1, splits, _slot_blocks(tile_n, steps // splits, M))
+
+
+def _slot_blocks(tile_n: int, steps: int, M: int) -> int:
+    """The most K blocks of which `steps` are a whole number of slots."""
+    if M > _MAX_TOGETHER:
+        return 1
+    most = _SLOT_BYTES // (tile_n * K_BLOCK)
+    return next(b for b in _BLOCKS if b <= most and steps % b == 0)
 
 
 def _fits(tiles: int, splits: int, sms: int) -> bool:
@@ -101,10 +110,11 @@ def cuts(M: int, N: int, K: int) -> list[Config]:
     """What may be the fastest: whatever the kernel takes, for a product of a few tokens."""
     steps = cdiv(K, K_BLOCK)
     found = [
-        Config(tile_n, turns, splits)
+        Config(tile_n, turns, splits, blocks)
         for tile_n, turns in ((64, 1), (64, 2), (128, 1))
         for splits in (1, 2, 4)
-        if (splits == 1 or _can_split(steps, splits)) and steps // splits % turns == 0
+        for blocks in (_BLOCKS if M <= _MAX_TOGETHER else (1,))
+        if (splits == 1 or _can_split(steps, splits)) and steps // splits % (turns * blocks) == 0
     ]
     return [config for config in found if _has_ring(config, M)]
 
@@ -113,11 +123,16 @@ def _has_ring(config: Config, M: int) -> bool:
     """Whether SMEM has two slots for each consumer of a row beside the sums that meet there."""
     tokens = padded_tokens(M)
     room = SMEM_BYTES - _sums_bytes(config, tokens)
-    return room // _slot_bytes(config, tokens, round_up(M, 64)) >= 2 * config.turns
+    return room // _slot_bytes(config, tokens) >= 2 * config.turns
 
 
-def _slot_bytes(config: Config, tokens: int, scales: int) -> int:
-    return (config.tile_n + tokens) * K_BLOCK + scales * 4
+def _slot_bytes(config: Config, tokens: int) -> int:
+    return config.blocks * ((config.tile_n + tokens) * K_BLOCK + _scale_columns(tokens) * 4)
+
+
+def _scale_columns(tokens: int) -> int:
+    # A slot's scales begin at a multiple of the 128 bytes that TMA needs.
+    return round_up(tokens, 32)
 
 
 def _sums_bytes(config: Config, tokens: int) -> int:
@@ -186,6 +201,7 @@ def decode(
     (tokens, K), N = xq.shape, wq.shape[1]
     out_dtype = jnp.dtype(out_dtype)
     tile_n, groups, turns, splits = config.tile_n, config.groups, config.turns, config.splits
+    per_slot = config.blocks
     steps = cdiv(K, K_BLOCK) // splits
     consumers = groups * turns
     n_tiles = cdiv(N, tile_n)
@@ -193,14 +209,18 @@ def decode(
     senders = turns if parts > 1 else splits * turns
     direct = _is_direct(N, out_dtype, config)
 
-    slot_bytes, sums_bytes = _slot_bytes(config, tokens, sx.shape[1]), _sums_bytes(config, tokens)
+    slots, slot_k, scale_columns = steps // per_slot, per_slot * K_BLOCK, _scale_columns(tokens)
+    y_bytes = tile_n * tokens * (out_dtype.itemsize if direct else 4)
+    sums_bytes = (senders - 1) * tile_n * tokens * 4
+    room = SMEM_BYTES - y_bytes - sums_bytes
     blocks = min(sms // splits, n_tiles)
-    stages = ring_stages(slot_bytes, sums_bytes, steps * cdiv(n_tiles, blocks), _MAX_STAGES)
+    stages = min(
+        _MAX_STAGES,
+        slots * cdiv(n_tiles, blocks),
+        room // _slot_bytes(config, tokens),
+        max(_RING_BYTES // (tile_n * slot_k), 2 * turns),
+    )
     stages = max(stages // turns, 1) * turns
-    # Two products in flight, which short tiles do not repay, and for which registers have to do.
-    own = steps // turns
-    paired = own >= _MIN_PAIRED and own % 2 == 0 and stages > 2 * turns and tokens <= _MAX_PAIRED
-    at_once = 2 if paired else 1
     residuals = [] if residual is None else [residual]
 
     def kernel(x_gmem, sx_gmem, w_gmem, sw_gmem, layer_gmem, *refs):
@@ -216,13 +236,14 @@ def decode(
                 producer_registers()
 
             def copy(tile, step, slot):
-                kb = part * steps + step
-                rows, block = pl.ds(tile * tile_n, tile_n), pl.ds(kb * K_BLOCK, K_BLOCK)
+                kb = (part * slots + step) * per_slot
+                rows, block = pl.ds(tile * tile_n, tile_n), pl.ds(kb * K_BLOCK, slot_k)
+                scales = sx_gmem.at[pl.ds(kb, per_slot), pl.ds(0, scale_columns)]
                 plgpu.copy_gmem_to_smem(w_gmem.at[l, rows, block], w_smem.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(x_gmem.at[:, block], x_smem.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(sx_gmem.at[kb], sx_smem.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(scales, sx_smem.at[slot], full.at[slot])
 
-            fill_ring(n_tiles, steps, stages, empty, copy)
+            fill_ring(n_tiles, slots, stages, empty, copy)
 
         @pl.when(warpgroup < consumers)
         def _consumer():
@@ -236,42 +257,41 @@ def decode(
                 return sw_gmem[l, lax.div(n0, SCALE_ROWS), jnp.minimum(kb, sw.shape[2] - 1)]
 
             def main_loop(n0, slot):
-                """Adds up this consumer's K blocks. A weight's scale is loaded one ahead."""
-                kb0 = part * steps + turn
+                """Adds up this consumer's K blocks. A slot's weight scales are loaded one ahead."""
 
-                def add_blocks(i, carry):
+                def load_scales(step):
+                    kb = (part * slots + step) * per_slot
+                    return [load_scale(n0, kb + b) for b in range(per_slot)]
+
+                def add_slot(i, carry):
                     slot, w_scales, total = carry
-                    kb = kb0 + i * at_once * turns
-                    slots = [_wrap(slot + j * turns, stages) for j in range(at_once)]
-                    w_scales_next = [
-                        load_scale(n0, kb + (at_once + j) * turns) for j in range(at_once)
-                    ]
+                    next_scales = load_scales(turn + (i + 1) * turns)
+                    plgpu.barrier_wait(full.at[slot])
 
                     def run(*accumulators):
-                        for at, accumulator in zip(slots, accumulators, strict=True):
-                            plgpu.barrier_wait(full.at[at])
-                            rows = w_smem.at[at, pl.ds(n_offset, 64)]
-                            plgpu.wgmma(accumulator, rows, x_smem.at[at].T)
+                        for b, accumulator in enumerate(accumulators):
+                            columns = pl.ds(b * K_BLOCK, K_BLOCK)
+                            rows = w_smem.at[slot, pl.ds(n_offset, 64), columns]
+                            plgpu.wgmma(accumulator, rows, x_smem.at[slot, :, columns].T)
                         # Made while the tensor cores are at work.
-                        scales = [scale_of(*of) for of in zip(slots, w_scales, strict=True)]
+                        scales = [scale_of(slot, b, s) for b, s in enumerate(w_scales)]
                         return [accumulator[...] for accumulator in accumulators], scales
 
                     kind = plgpu.ACC((64, tokens), jnp.float32)
-                    products, scales = pl.run_scoped(run, *[kind] * at_once)
-                    for at, block, scale in zip(slots, products, scales, strict=True):
-                        plgpu.barrier_arrive(empty.at[at])
-                        total += block * scale
-                    return _wrap(slots[-1] + turns, stages), w_scales_next, total
+                    products, scales = pl.run_scoped(run, *[kind] * per_slot)
+                    plgpu.barrier_arrive(empty.at[slot])
+                    for product, scale in zip(products, scales, strict=True):
+                        total += product * scale
+                    return _wrap(slot + turns, stages), next_scales, total
 
-                def scale_of(slot, w_scale):
+                def scale_of(slot, b, w_scale):
                     x_scale = plgpu.load(
-                        sx_smem.at[slot, pl.ds(0, tokens)], layout=plgpu.Layout.WGMMA.reduce(0)
+                        sx_smem.at[slot, b, pl.ds(0, tokens)], layout=plgpu.Layout.WGMMA.reduce(0)
                     )
                     return lax.broadcast_in_dim(x_scale * w_scale, (64, tokens), [1])
 
-                w_scales = [load_scale(n0, kb0 + j * turns) for j in range(at_once)]
-                init = slot, w_scales, zero_accumulator(64, tokens)
-                slot, _, total = lax.fori_loop(0, own // at_once, add_blocks, init)
+                init = slot, load_scales(turn), zero_accumulator(64, tokens)
+                slot, _, total = lax.fori_loop(0, slots // turns, add_slot, init)
                 return slot, total
 
             def fetch_residual(n0):
@@ -364,9 +384,9 @@ def decode(
         kernel,
         out_type=out_type,
         scratch_types=[
-            plgpu.SMEM((stages, tokens, K_BLOCK), FP8, transforms=swizzled(K, FP8)),
-            plgpu.SMEM((stages, tile_n, K_BLOCK), FP8, transforms=swizzled(K, FP8)),
-            plgpu.SMEM((stages, sx.shape[1]), jnp.float32),
+            plgpu.SMEM((stages, tokens, slot_k), FP8, transforms=swizzled(K, FP8)),
+            plgpu.SMEM((stages, tile_n, slot_k), FP8, transforms=swizzled(K, FP8)),
+            plgpu.SMEM((stages, per_slot, scale_columns), jnp.float32),
             y_smem,
             plgpu.SMEM(sums_shape, jnp.float32),
             plgpu.Barrier(num_arrivals=3, num_barriers=stages),

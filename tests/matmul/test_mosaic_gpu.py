@@ -122,17 +122,18 @@ def test_every_tile_of_the_prefill_kernel(hopper, tile_m, cluster, M):
 
 
 @pytest.mark.parametrize(
-    ("N", "tile_n", "turns", "splits"),
+    ("N", "config"),
     [
-        (136, 64, 1, 2),
-        (136, 128, 1, 1),
-        (128, 64, 3, 1),
-        (136, 128, 3, 2),
+        (136, (64, 1, 2, 1)),
+        (136, (128, 1, 1, 2)),
+        (128, (64, 3, 1, 2)),
+        (136, (128, 3, 2, 1)),
+        (200, (64, 1, 1, 3)),
     ],
 )
-def test_every_cut_of_the_decode_kernel(hopper, N, tile_n, turns, splits):
+def test_every_cut_of_the_decode_kernel(hopper, N, config):
     args, expected = operands(5, N, 768, 8)
-    config = decode_sm90.Config(tile_n, turns, splits)
+    config = decode_sm90.Config(*config)
     y = decode_sm90.decode(*args, M=5, out_dtype=BF16, config=config, sms=SMS)
     assert_close(y, expected)
 
@@ -258,13 +259,14 @@ def test_scales_of_a_token_side_by_side(hopper, prologue):
 @pytest.mark.parametrize(
     ("M", "N", "K", "config"),
     [
-        (16, 4096, 4096, (64, 1, 2)),
-        (16, 4096, 14336, (64, 2, 2)),
-        (64, 6144, 4096, (64, 1, 1)),
-        (16, 28672, 4096, (128, 1, 1)),
-        (128, 1536, 4096, (64, 1, 4)),
-        (128, 4096, 14336, (64, 1, 2)),  # two consumers would leave no ring
-        (16, 2112, 7168, (64, 1, 2)),  # 33 clusters of four leave one for a second round
+        (16, 4096, 4096, (64, 1, 2, 4)),
+        (16, 4096, 14336, (64, 1, 2, 4)),
+        (64, 6144, 4096, (64, 1, 1, 4)),
+        (16, 28672, 4096, (128, 1, 1, 2)),
+        (16, 4096, 11008, (64, 1, 2, 1)),  # a part of 43 K blocks
+        (128, 1536, 4096, (64, 1, 4, 1)),
+        (128, 4096, 14336, (64, 1, 2, 1)),
+        (16, 2112, 7168, (64, 1, 2, 4)),  # 33 clusters of four leave one for a second round
     ],
 )
 def test_how_few_tokens_are_cut_for_132_multiprocessors(M, N, K, config):
@@ -278,7 +280,7 @@ def test_smem_has_a_ring_for_every_cut(M, K):
     for N in (8, 200, 1536, 2112, 4096, 4224, 6144, 8448, 28672, 128256):
         if decode_sm90.takes(M, N, 132):
             config = decode_sm90.default_config(M, N, K, 132)
-            slot = (config.tile_n + width) * 128 + 4 * 128
+            slot = config.blocks * ((config.tile_n + width) * 128 + 4 * 128)
             sums = config.splits * config.turns * config.tile_n * width * 4
             assert sums + 2 * config.turns * slot <= SMEM_BYTES
 

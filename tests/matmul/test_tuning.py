@@ -112,8 +112,9 @@ def test_the_users_table_is_in_the_cache_unless_named(monkeypatch, tmp_path):
         ),
         (
             {"H200": {"decode": {"8x8x640": dataclasses.asdict(decode_sm90.Config(64, splits=2))}}},
-            "H200/decode/8x8x640: {'tile_n': 64, 'turns': 1, 'splits': 2}; allowed: "
-            '{"tile_n": 64, "turns": 1, "splits": 1}, {"tile_n": 128, "turns": 1, "splits": 1}',
+            "H200/decode/8x8x640: {'tile_n': 64, 'turns': 1, 'splits': 2, 'blocks': 1}; allowed: "
+            '{"tile_n": 64, "turns": 1, "splits": 1, "blocks": 1}, '
+            '{"tile_n": 128, "turns": 1, "splits": 1, "blocks": 1}',
         ),
     ],
 )
