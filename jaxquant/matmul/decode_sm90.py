@@ -37,6 +37,7 @@ from jaxquant.matmul.sm90 import (
 )
 
 _TOKENS = (8, 16, 32, 64, 96, 128)
+MAX_TOKENS = _TOKENS[-1]
 _MAX_STAGES = 12
 # K blocks of a tile from which on a second consumer pays.
 _LONG = 56
@@ -69,7 +70,7 @@ class Config:
 
 def takes(M: int, N: int, sms: int) -> bool:
     """Whether the product is bound by reading the weight, so that this kernel is the fast one."""
-    return M <= 64 or (M <= _TOKENS[-1] and 4 * cdiv(N, 128) <= sms)
+    return M <= 64 or (M <= MAX_TOKENS and 4 * cdiv(N, 128) <= sms)
 
 
 def padded_tokens(M: int) -> int:

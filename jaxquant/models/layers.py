@@ -10,8 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
+from jaxquant.array import QuantizedArray
 from jaxquant.attention import rotate_halves
-from jaxquant.matmul import Prologue, RMSNorm as RMSNormPrologue, grouped_matmul, matmul
+from jaxquant.matmul import (
+    Prologue,
+    QuantizedTokens,
+    RMSNorm as RMSNormPrologue,
+    grouped_matmul,
+    matmul,
+)
 
 
 def unloaded(*shape: int, dtype: Any) -> nnx.Param:
@@ -43,9 +50,15 @@ class Linear(nnx.Module):
         self.weight = unloaded(L, N, K, dtype=dtype)
         self.bias = unloaded(L, N, dtype=dtype) if bias else None
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether it quantizes x, and so takes it quantized as well."""
+        weight = self.weight.get_value()
+        return isinstance(weight, QuantizedArray) and weight.activation_scheme == "dynamic"
+
     def __call__(
         self,
-        x: Float[Array, "*batch A"],
+        x: Float[Array, "*batch A"] | QuantizedTokens,
         layer: Any,
         prologue: Prologue | None = None,
         residual: Float[Array, "*batch N"] | None = None,
@@ -144,7 +157,11 @@ class SeparateLinear(nnx.Module):
 
 
 def _linear(
-    module: Any, x: Array, layer: Any, prologue: Prologue | None, residual: Array | None = None
+    module: Any,
+    x: Array | QuantizedTokens,
+    layer: Any,
+    prologue: Prologue | None,
+    residual: Array | None = None,
 ) -> Array:
     bias = None if module.bias is None else module.bias.get_value()
     return matmul(
