@@ -1,24 +1,27 @@
-"""Times `jaxquant.attention.decode_attention` on a GPU: its kernel against the XLA reference.
+"""Times `jaxquant.attention.append_and_attend` on a GPU, over a cache in BF16 and one in FP8.
 
     python benchmarks/attention.py [-o benchmarks/results/attention-h200.md]
 
-An 8B model's heads (32, 8 for the cache, of 128 dims) in BF16, random data, and enough layers
-that the cache does not stay in L2 from one to the next. Two clocks, microseconds per layer:
+An 8B model's heads (32, 8 for the cache, of 128 dims), random data, sequences of one length, and
+enough layers that the cache does not stay in L2 from one to the next. A step rotates the new
+token, appends it and attends to the filled slots. Two clocks, microseconds per layer:
 
-    kernels  the device times of a layer's kernels, added up (CUPTI)
-    elapsed  wall-clock time of a jitted scan over the layers, over their number: with the gaps
-             between kernels and what the scan itself takes
+    BF16, FP8  the device time of the kernel, which is all of a step (CUPTI)
+    wall       wall-clock time of a jitted loop over the layers, over their number: with the gaps
+               between kernels and what counts the layers
 
-Medians. The rate is that of the filled slots' bytes by the kernels' time.
+Medians. The rate is that of the filled slots' bytes, scales included, by the kernel's time.
 """
 
 import argparse
 import datetime
+import functools
 import pathlib
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -27,101 +30,115 @@ import jaxlib
 from jax import lax
 
 import jaxquant as jq
-from jaxquant.attention import decode_attention
+from jaxquant.attention import append_and_attend, decode_attention, empty, xla
 
 HQ, H, D = 32, 8, 128
 # Batch, slots, filled slots.
 SHAPES = (
-    (1, 1536, 1088),
-    (4, 1536, 1088),
-    (16, 1536, 1088),
-    (64, 1536, 1088),
-    (256, 1536, 1088),
+    (1, 1536, 1024),
+    (4, 1536, 1024),
+    (16, 1536, 1024),
+    (64, 1536, 1024),
+    (256, 1536, 1024),
     (1, 8192, 8192),
-    (4, 8192, 8192),
+    (16, 8192, 8192),
     (1, 131072, 131072),
 )
-ROTATED_BYTES = 80 << 20
+BY_XLA = functools.partial(
+    xla.append_and_attend, attend=functools.partial(decode_attention, implementation="xla")
+)
+BY_KERNEL = functools.partial(append_and_attend, implementation="mosaic_gpu")
+# The cache and what runs.
+PROGRAMS = {
+    "XLA": ("bfloat16", BY_XLA),
+    "BF16": ("bfloat16", BY_KERNEL),
+    "FP8": ("float8_e4m3fn", BY_KERNEL),
+}
+ROTATED_BYTES = 120 << 20
 REPEATS = 5
 
 
-def operands(B: int, S: int, filled: int) -> tuple[jax.Array, ...]:
-    """q, k, v and lengths."""
-    slot_bytes = 4 * B * H * D
-    L = max(4, ROTATED_BYTES // (slot_bytes * filled))
-
-    @jax.jit
-    def make(key):
-        keys = jax.random.split(key, 3)
-        shapes = (B, HQ, D), (L, B, H, S, D), (L, B, H, S, D)
-        return [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True)]
-
-    return *make(jax.random.key(0)), jnp.full((B,), filled, jnp.int32)
+def slot_bytes(dtype: str) -> int:
+    """Bytes of a filled slot of all heads."""
+    return 2 * H * (D * jnp.dtype(dtype).itemsize + (4 if dtype.startswith("float8") else 0))
 
 
-def kernel_microseconds(attend: Callable[..., jax.Array], q: Any, k: Any, *rest: Any) -> float:
-    """Device time of one layer's kernels."""
-    from jax.experimental.mosaic.gpu import profiler
+def program(B: int, S: int, filled: int, dtype: str, run: Callable) -> tuple[Any, Any, int]:
+    """A compiled step of all layers, the cache donated; what makes its operands; the layers."""
+    L = max(2, -(-ROTATED_BYTES // (B * filled * slot_bytes(dtype))))
 
-    layers = [jnp.int32(l) for l in range(len(k))]
+    def make() -> tuple:
+        keys = jax.random.split(jax.random.key(0), 3)
+        qkv = jax.random.normal(keys[0], (B, HQ + 2 * H, D), jnp.bfloat16)
+        cache = [empty((L, B, H, S, D), dtype, values=values) for values in (False, True)]
 
-    def all_layers(q, k, v, lengths, layers):
-        return [attend(q, k, v, lengths, l) for l in layers]
+        def random(a: jax.Array, key: jax.Array) -> jax.Array:
+            if a.dtype == jnp.float32:
+                return jnp.full(a.shape, 0.01, a.dtype)
+            # Bits of positive and negative numbers below 2.
+            unsigned = {1: jnp.uint8, 2: jnp.uint16}[a.dtype.itemsize]
+            mask = {1: 0xBF, 2: 0xBFFF}[a.dtype.itemsize]
+            bits = jax.random.bits(key, a.shape, unsigned) & unsigned(mask)
+            return lax.bitcast_convert_type(bits, a.dtype)
 
-    run = jax.jit(all_layers).lower(q, k, *rest, layers).compile()
-    times: Any
-    cupti = profiler.Cupti(finalize=False)
-    _, times = cupti.measure(run, iterations=REPEATS)(q, k, *rest, layers)
-    if not times:
-        raise RuntimeError("CUPTI saw no kernels")
-    return statistics.median(times) * 1e3 / len(layers)
-
-
-def elapsed_microseconds(attend: Callable[..., jax.Array], q: Any, k: Any, *rest: Any) -> float:
-    """Wall-clock time of one layer, several scans in flight."""
-
-    @jax.jit
-    def run(q, k, *rest):
-        return lax.scan(lambda q, l: (attend(q, k, *rest, l), None), q, jnp.arange(len(k)))[0]
-
-    calls = 5
-    jax.block_until_ready(run(q, k, *rest))
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        jax.block_until_ready([run(q, k, *rest) for _ in range(calls)])
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e6 / (calls * len(k))
-
-
-def measure(B: int, S: int, filled: int) -> dict[str, tuple[float, float]]:
-    """(kernels, elapsed) in microseconds, by implementation."""
-    args = operands(B, S, filled)
-    times = {}
-    for implementation in ("xla", "mosaic_gpu"):
-
-        def attend(q, k, v, lengths, layer, implementation=implementation):
-            return decode_attention(q, k, v, layer, lengths, implementation=implementation)
-
-        times[implementation] = (
-            kernel_microseconds(attend, *args),
-            elapsed_microseconds(attend, *args),
+        k, v = (
+            jax.tree.map(lambda a, key=key: random(a, key), part)
+            for part, key in zip(cache, keys[1:], strict=True)
         )
-    return times
+        angles = jnp.ones((B, D // 2), jnp.float32)
+        return k, v, qkv, jnp.full((B,), filled, jnp.int32), (jnp.cos(angles), jnp.sin(angles))
+
+    def step(k: Any, v: Any, *rest: Any) -> tuple:
+        qkv, lengths, rotation = rest
+
+        def layer(l: Any, carry: tuple) -> tuple:
+            _, k, v = carry
+            return run(qkv, k, v, l, lengths, rotation)
+
+        return lax.fori_loop(0, L, layer, (qkv[:, :HQ], k, v))
+
+    make = jax.jit(make)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*jax.eval_shape(make)).compile()
+    return compiled, make, L
+
+
+def measure(run: Any, make: Callable[[], tuple], L: int) -> tuple[float | None, float]:
+    """(kernel or None if no kernel of ours runs, wall) in microseconds per layer."""
+    from jax._src.lib import mosaic_gpu  # whose CUPTI has no public name that donates
+
+    k, v, *rest = make()
+
+    def steps() -> float:
+        nonlocal k, v
+        start = time.perf_counter()
+        for _ in range(REPEATS):
+            _, k, v = run(k, v, *rest)
+        jax.block_until_ready(k)
+        return (time.perf_counter() - start) * 1e6 / (REPEATS * L)
+
+    steps()
+    wall = statistics.median(steps() for _ in range(REPEATS))
+    cupti: Any = mosaic_gpu._mosaic_gpu_ext
+    cupti._cupti_init()
+    steps()
+    kernels = [ms * 1e3 for name, ms in cupti._cupti_get_timings(False) if "jaxquant" in name]
+    return statistics.median(kernels) if kernels else None, wall
 
 
 HEADER = """\
-| B | S | filled | XLA | kernel | speed | TB/s | XLA elapsed | kernel elapsed | elapsed speed |
-|--:|--:|-------:|----:|-------:|------:|-----:|------------:|---------------:|--------------:|"""
+| B | S | filled | XLA wall | BF16 wall | FP8 wall | BF16 | TB/s | FP8 | TB/s |
+|--:|--:|-------:|---------:|----------:|---------:|-----:|-----:|----:|-----:|"""
 
 
-def row(B: int, S: int, filled: int, times: dict[str, tuple[float, float]]) -> str:
+def row(shape: tuple[int, int, int], times: dict[str, tuple[float | None, float]]) -> str:
     """One line of the table."""
-    (x, x_wall), (m, m_wall) = times["xla"], times["mosaic_gpu"]
-    rate = 4 * B * H * D * filled / m / 1e6
-    cells = [B, S, filled, f"{x:.1f}", f"{m:.1f}", f"{x / m:.2f}", f"{rate:.2f}"]
-    cells += [f"{x_wall:.1f}", f"{m_wall:.1f}", f"{x_wall / m_wall:.2f}"]
-    return f"| {' | '.join(map(str, cells))} |"
+    B, _, filled = shape
+    cells = [str(n) for n in shape] + [f"{wall:.1f}" for _, wall in times.values()]
+    for name, (kernel, _) in times.items():
+        if kernel is not None:
+            rate = B * filled * slot_bytes(PROGRAMS[name][0]) / kernel / 1e6
+            cells += [f"{kernel:.1f}", f"{rate:.2f}"]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -136,15 +153,18 @@ def main() -> None:
     title = (
         f"# Decode attention, microseconds per layer\n\n{device.device_kind}, "
         f"{datetime.date.today().isoformat()}, jax {jax.__version__}, jaxlib {jaxlib.__version__}, "
-        f"jaxquant {jq.__version__}. {HQ} query heads, {H} for the cache, {D} dims, BF16, random "
-        "data. Kernel times by CUPTI; elapsed: wall clock of a scan over the layers, over their "
-        "number. TB/s: the filled slots' bytes by the kernel's time.\n"
+        f"jaxquant {jq.__version__}. {HQ} query heads, {H} for the cache, {D} dims; "
+        "`benchmarks/attention.py` says what the columns are.\n"
     )
     lines = [title, HEADER]
     print("\n".join(lines), flush=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    for shape in SHAPES:
-        lines.append(row(*shape, measure(*shape)))
+    # All ahead of what is measured, since tracing keeps the interpreter from launching.
+    with ThreadPoolExecutor() as pool:
+        jobs = [[pool.submit(program, *shape, *of) for of in PROGRAMS.values()] for shape in SHAPES]
+    for shape, programs in zip(SHAPES, jobs, strict=True):
+        times = [measure(*job.result()) for job in programs]
+        lines.append(row(shape, dict(zip(PROGRAMS, times, strict=True))))
         print(lines[-1], flush=True)
         args.output.write_text("\n".join(lines) + "\n")
 

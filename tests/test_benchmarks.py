@@ -65,6 +65,20 @@ def test_a_row_of_the_model_is_measured(monkeypatch, capsys):
     assert all(value > 0 for value in found.values())
 
 
+def test_steps_of_attention_run_over_both_caches(monkeypatch):
+    attention = load("attention")
+    monkeypatch.setattr(attention, "ROTATED_BYTES", 1 << 20)
+    monkeypatch.setattr(attention, "REPEATS", 1)
+    for dtype in ("bfloat16", "float8_e4m3fn"):
+        run, make, L = attention.program(2, 128, 40, dtype, attention.BY_XLA)
+        y, *_ = run(*make())
+        assert L == -(-(1 << 20) // (2 * 40 * attention.slot_bytes(dtype)))
+        assert np.isfinite(np.asarray(y, np.float32)).all()
+    times = {"XLA": (None, 20.0), "BF16": (8.0, 9.0), "FP8": (5.0, 6.0)}
+    cells = attention.row((1, 1536, 1024), times).split(" | ")
+    assert cells == ["| 1", "1536", "1024", "20.0", "9.0", "6.0", "8.0", "0.52", "5.0", "0.43 |"]
+
+
 def test_the_summary_of_the_products():
     results = {
         (1, 28672, 4096): {"BF16": 60.0, "FP8 tensor": 49.0, "with quant": 30.0},

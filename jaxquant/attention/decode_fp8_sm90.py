@@ -33,28 +33,26 @@ from jaxtyping import Array, BFloat16, Float32, Int32
 from jaxquant.array import QuantizedArray
 from jaxquant.attention.cache import FP8, PAGE
 from jaxquant.attention.sm90 import (
-    COLUMN,
-    MAX_SPLITS,
-    MAX_STAGES,
     ROW,
     SMEM_BYTES,
     SMEM_RESERVED,
-    STATISTICS,
     TRANSPOSED,
     WGMMA,
     Cluster,
     Config,
+    Result,
     across,
     column,
+    default_cut,
     padded_group,
+    scale_of,
 )
-from jaxquant.blocked import ACTIVATION_AMAX_FLOOR
 from jaxquant.hopper import interpreted
 from jaxquant.matmul.arithmetic_sm90 import quotient, reciprocal
 from jaxquant.matmul.sm90 import in_stack, store, swizzled
+from jaxquant.matmul.tokens import QuantizedTokens
 
 _LOG2_E = math.log2(math.e)
-_FMAX = 448.0
 # What a first piece holds at most, and what a second one is divided by.
 _TOP = 256.0
 _SECOND = 32.0
@@ -67,25 +65,15 @@ _TWICE_BIAS = 0x7F000000
 
 def default_config(B: int, H: int, G: int, S: int, D: int, sms: int) -> Config:
     """As many splits as leave each of the `sms` multiprocessors at most one thread block."""
-    heads, splits = B * H, 1
-    while splits < MAX_SPLITS and 2 * splits * heads <= sms and splits * PAGE < S:
-        splits *= 2
-    N, tile = padded_group(G), 2 * PAGE
-    part = (D + STATISTICS) * N * 4
+    heads, N = B * H, padded_group(G)
 
     def fitting_stages(residents: int, splits: int) -> int:
         """Stages beside the rest where `residents` thread blocks share the multiprocessor."""
-        fixed = SMEM_RESERVED + 2 * N * (D + tile) + 8 * tile + (part if splits > 1 else 0)
-        room = SMEM_BYTES // residents - fixed
-        # The parts take the place of the stages in the end.
-        return 0 if splits * part > room else room // (2 * tile * (D + 4))
+        parts = Cluster(heads, splits, D, N).nbytes
+        fixed = SMEM_RESERVED + 2 * N * (D + PAGE) + 8 * PAGE + parts
+        return (SMEM_BYTES // residents - fixed) // (2 * PAGE * (D + 4))
 
-    while splits > 1 and fitting_stages(1, splits) < 2:
-        splits //= 2
-    stages = fitting_stages(2, splits)
-    if heads * splits <= sms or stages < 2:
-        stages = fitting_stages(1, splits)
-    return Config(tile, min(stages, MAX_STAGES), splits)
+    return Config(PAGE, *default_cut(heads, S, PAGE, sms, fitting_stages))
 
 
 def append_and_attend(
@@ -100,7 +88,8 @@ def append_and_attend(
     scale: float,
     softcap: float | None,
     config: Config,
-) -> tuple[BFloat16[Array, "B Hq D"], QuantizedArray, QuantizedArray]:
+    quantized: bool = False,
+) -> tuple[BFloat16[Array, "B Hq D"] | QuantizedTokens, QuantizedArray, QuantizedArray]:
     """`jaxquant.attention.append_and_attend` in one kernel, which writes to the cache in place.
 
     Args:
@@ -115,7 +104,8 @@ def append_and_attend(
       window: last slots that are attended to, or None for all.
       scale: of the logits.
       softcap: bound of the logits, or None.
-      config: see `default_config`; its tile is at least the padded group.
+      config: see `default_config`; its tile is a multiple of a page.
+      quantized: whether to give QuantizedTokens; see `sm90.is_quantizable`.
     """
     L, B, H, S, D = k.shape
     G = qkv.shape[1] // H - 2
@@ -126,7 +116,8 @@ def append_and_attend(
     # The first and the second of what is rotated in pairs, or all that there is.
     half = D // 2 if tables else D
     tile, stages, splits = config.tile, config.stages, config.splits
-    cluster = Cluster(B * H, splits, D, N)
+    cluster, result = Cluster(B * H, splits, D, N), Result(B, H, G, D, quantized)
+    results = len(result.out_type)
 
     def pieces_smem(cols, of):
         return plgpu.SMEM((2 * N, cols), FP8, transforms=swizzled(of, FP8))
@@ -173,13 +164,14 @@ def append_and_attend(
         return softcap * _LOG2_E * (1 - 2 / (squared + 1))
 
     def kernel(qkv_gmem, k_gmem, ks_gmem, v_gmem, vs_gmem, layer_gmem, lengths_gmem, *refs):
-        *tables_gmem, out_gmem = refs[: len(tables) + 1]
-        refs = refs[len(tables) + 1 :]
-        *parts_gmem, q_smem, p_smem, k_full, v_full = refs[: 4 + len(cluster.parts)]
-        exchange = refs[4 + len(cluster.parts) :]
+        tables_gmem, refs = refs[: len(tables)], refs[len(tables) :]
+        out_gmem, refs = refs[:results], refs[results:]
+        *parts_gmem, q_smem, p_smem, k_full, v_full = refs[: 4 + len(cluster.out_type)]
+        exchange = refs[4 + len(cluster.out_type) :]
         head = lax.axis_index("head")
         split = lax.axis_index("split") if splits > 1 else 0
         b, h = lax.div(head, H), lax.rem(head, H)
+        cluster.begin(split, exchange)
         # Slices that start here may reach beyond the array. Pallas would refuse static ones.
         zero = lax.mul(head, 0)
         halves = [pl.ds(i, half) for i in range(0, D, half)]
@@ -234,10 +226,8 @@ def append_and_attend(
             unit = lax.bitcast_convert_type(bits, jnp.float32)
             inverse = lax.bitcast_convert_type(_TWICE_BIAS - bits, jnp.float32)
             store_pieces(q_smem, wide[0] * across(inverse, D))
-            fmax = column(_FMAX, N)
             for i in range(2):
-                floored = jnp.maximum(amax[(i + 1) * N : (i + 2) * N], ACTIVATION_AMAX_FLOOR)
-                token_smem[i, :N] = quotient(floored, fmax, reciprocal(fmax, COLUMN), COLUMN)
+                token_smem[i, :N] = scale_of(amax[(i + 1) * N : (i + 2) * N])
             plgpu.commit_smem()
             k_scale, v_scale = token_smem[0, 0], token_smem[1, 0]
             k = [quantized(x, k_scale) for x in k]
@@ -344,16 +334,8 @@ def append_and_attend(
             total, maximum, weights, _ = lax.fori_loop(0, steps, add_tile, (*init, logits))
             return total, maximum, jnp.sum(weights, axis=0)
 
-        def write(total, weight):
-            def store_tile(y_smem):
-                y = (total / across(weight * _TOP, D)).astype(jnp.bfloat16)
-                y_smem.T[...] = plgpu.layout_cast(y, TRANSPOSED)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(y_smem, out_gmem.at[head, pl.ds(zero, N), pl.ds(zero, D)])
-                plgpu.wait_smem_to_gmem(0)
-
-            y_smem = plgpu.SMEM((N, D), jnp.bfloat16, transforms=swizzled(D, jnp.bfloat16))
-            pl.run_scoped(store_tile, y_smem, collective_axes="warpgroup")
+        def write(mean):
+            result.write(mean * (1 / _TOP), head, out_gmem)
 
         ring = [
             plgpu.SMEM((stages, tile, D), FP8, transforms=swizzled(D, FP8)),
@@ -363,8 +345,6 @@ def append_and_attend(
         sums = pl.run_scoped(attend, *ring, collective_axes="warpgroup")
         cluster.add_up(sums, head, split, parts_gmem, exchange, write)
 
-    out_rows = G if G < 8 else N
-    out_type = [jax.ShapeDtypeStruct((B * H, out_rows, D), jnp.bfloat16)]
     scratch: list[Any] = [
         pieces_smem(D, D),
         pieces_smem(tile, PAGE),
@@ -374,9 +354,9 @@ def append_and_attend(
     shapes = (-1, S, D), (-1, S), (-1, D, PAGE), (-1, S)
     stored = k.qvalue, k.scale, v.qvalue, v.scale
     cache = [jax.new_ref(a.reshape(s)) for a, s in zip(stored, shapes, strict=True)]
-    out, *_ = plgpu.kernel(
+    out = plgpu.kernel(
         kernel,
-        out_type=[*out_type, *cluster.out_type],
+        out_type=[*result.out_type, *cluster.out_type],
         scratch_types=[*scratch, *cluster.scratch],
         grid=(B * H,),
         grid_names=("head",),
@@ -391,7 +371,7 @@ def append_and_attend(
     )
     k = dataclasses.replace(k, qvalue=qk, scale=ks)
     v = dataclasses.replace(v, qvalue=qv, scale=vs)
-    return out[:, :G].reshape(B, H * G, D), k, v
+    return result.of(out[:results]), k, v
 
 
 def _store_strided(ref: Any, value: Array) -> None:

@@ -16,6 +16,7 @@ from jaxquant.array import QuantizedArray
 from jaxquant.attention import xla
 from jaxquant.attention.cache import KeysOrValues
 from jaxquant.hopper import multiprocessors
+from jaxquant.matmul import QuantizedTokens
 
 _MAX_GROUP = 64
 _MAX_HEAD_DIM = 256
@@ -62,7 +63,8 @@ def append_and_attend(
     window: int | None,
     scale: float,
     softcap: float | None,
-) -> tuple[Float[Array, "B Hq D"], KeysOrValues, KeysOrValues]:
+    may_quantize: bool,
+) -> tuple[Float[Array, "B Hq D"] | QuantizedTokens, KeysOrValues, KeysOrValues]:
     """All in one launch. See `jaxquant.attention.append_and_attend`.
 
     Raises:
@@ -77,7 +79,7 @@ def append_and_attend(
         rotated = xla.rotate_halves(qkv[:, :-H], *rotation)
         qkv, rotation = jnp.concatenate([rotated, qkv[:, -H:]], axis=1), None
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    run = _appending(window, scale, softcap, sms)
+    run = _appending(window, scale, softcap, may_quantize, sms)
     return run(qkv, k, v, layer, lengths.astype(jnp.int32), rotation)
 
 
@@ -101,7 +103,9 @@ def _check_operands(q: Any, k: Any, v: Any) -> None:
 
 
 @functools.cache
-def _appending(window: int | None, scale: float, softcap: float | None, sms: int) -> Any:
+def _appending(
+    window: int | None, scale: float, softcap: float | None, may_quantize: bool, sms: int
+) -> Any:
     """The kernel for the cache; `jax.vmap` runs it one after the other."""
 
     @sequential_vmap
@@ -109,11 +113,14 @@ def _appending(window: int | None, scale: float, softcap: float | None, sms: int
     def run(qkv, k, v, layer, lengths, rotation):
         # Imported here: Mosaic GPU is there only where jaxlib was built with it.
         from jaxquant.attention import decode_fp8_sm90, decode_sm90
+        from jaxquant.attention.sm90 import is_quantizable
 
         kernel: Any = decode_fp8_sm90 if isinstance(k, QuantizedArray) else decode_sm90
         _, B, H, S, D = k.shape
-        config = kernel.default_config(B, H, qkv.shape[1] // H - 2, S, D, sms)
+        G = qkv.shape[1] // H - 2
+        config = kernel.default_config(B, H, G, S, D, sms)
         options: Any = {"window": window, "scale": scale, "softcap": softcap, "config": config}
+        options["quantized"] = may_quantize and is_quantizable(B, H, G, D)
         return kernel.append_and_attend(qkv, k, v, layer, lengths, rotation, **options)
 
     return run

@@ -3,3 +3,4 @@
 from jaxquant.matmul.api import fuses_epilogue as fuses_epilogue, matmul as matmul
 from jaxquant.matmul.grouped import grouped_matmul as grouped_matmul
 from jaxquant.matmul.prologue import Prologue as Prologue, RMSNorm as RMSNorm, SiluMul as SiluMul
+from jaxquant.matmul.tokens import QuantizedTokens as QuantizedTokens

@@ -15,6 +15,7 @@ from jaxquant.array import QuantizedArray
 from jaxquant.errors import JaxquantError
 from jaxquant.matmul import mosaic_gpu, xla
 from jaxquant.matmul.prologue import Prologue
+from jaxquant.matmul.tokens import QuantizedTokens
 
 _logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu.matmul, "xla": xla.matmul}
 
 
 def matmul(
-    x: Float[Array, "*batch A"],
+    x: Float[Array, "*batch A"] | QuantizedTokens,
     w: QuantizedArray | Float[Array, "*L N K"],
     *,
     layer: Int[Array, ""] | int | None = None,
@@ -50,7 +51,8 @@ def matmul(
     kernel) is stored K-major too, so there `y = x @ w`.
 
     Args:
-      x: `[..., K]`, floating; or what the prologue makes that of.
+      x: `[..., K]`, floating; or what the prologue makes that of. For a weight with
+        `activation_scheme="dynamic"` also QuantizedTokens: (xq, sx) itself.
       w: `[N, K]`, or a stack `[L, N, K]` with `layer`.
       layer: which matrix of the stack, possibly traced: then one outside of it counts as the
         nearest inside, and `jax.experimental.checkify.checkify` reports it.
@@ -82,7 +84,7 @@ def matmul(
     around = prologue, bias, residual
     if epilogue is not None:
         free = implementation in (None, "mosaic_gpu") and residual is None
-        if free and fuses_epilogue(x, w, epilogue, out_dtype):
+        if free and isinstance(x, Array) and fuses_epilogue(x, w, epilogue, out_dtype):
             return _with_epilogue(x, around, w, layer, epilogue, out_dtype)
         return epilogue(_matmul(x, around, w, layer, out_dtype, implementation), layer)
     return _matmul(x, around, w, layer, out_dtype, implementation)
@@ -120,6 +122,7 @@ def _matmul(
     x: Any, around: Any, w: Any, layer: Any, out_dtype: Any, implementation: str | None
 ) -> Any:
     if not isinstance(w, QuantizedArray):
+        assert not isinstance(x, QuantizedTokens)
         return xla.plain_matmul(x, w, layer, out_dtype, *around)
     return _quantized_matmul(x, around, w, layer, out_dtype, implementation)
 
@@ -148,6 +151,8 @@ def _straight_through(out_dtype, implementation, primals, tangents):
     # quantizing x counts as the identity, and the quantized weight as a constant.
     x, around, w, layer = primals
     dx, (dprologue, dbias, dresidual) = tangents[:2]
+    if isinstance(x, QuantizedTokens):  # a constant as well
+        dx = jnp.zeros(x.shape, x.dtype)
     y = _quantized_matmul(x, around, w, layer, out_dtype, implementation)
     if around[0] is not None:
         _, dx = jax.jvp(lambda x, prologue: prologue(x, layer), (x, around[0]), (dx, dprologue))
@@ -176,6 +181,17 @@ def _check(x: Any, w: Any, layer: Any, prologue: Any, bias: Any, residual: Any) 
         raise JaxquantError(f"matmul: w is stored as {list(shape)}; allowed: {want}")
     if layer is not None:
         _check_layer(layer, shape[0])
+    if isinstance(x, QuantizedTokens):
+        if not isinstance(w, QuantizedArray) or w.activation_scheme != "dynamic":
+            raise JaxquantError(
+                "matmul: x is quantized already, which w is not made for; "
+                'allowed: a QuantizedArray with activation_scheme="dynamic"'
+            )
+        if prologue is not None:
+            raise JaxquantError(
+                f"matmul: x is quantized already and has a prologue, {type(prologue).__name__}; "
+                "allowed: one of both"
+            )
     if prologue is not None:
         came = list(x.shape)
         x = jax.eval_shape(prologue, x, layer)

@@ -36,6 +36,7 @@ from jaxquant.matmul.sm90 import (
 )
 
 _TOKENS = (8, 16, 32, 64, 96, 128)
+MAX_TOKENS = _TOKENS[-1]
 # Bytes of the weight in a slot: few and long reads.
 _SLOT_BYTES = 32 << 10
 # And in the ring: enough to keep the memory busy. Half of it, or twice, takes longer.
@@ -72,7 +73,7 @@ class Config:
 
 def takes(M: int, N: int, sms: int) -> bool:
     """Whether the product is bound by reading the weight, so that this kernel is the fast one."""
-    return M <= 64 or (M <= _TOKENS[-1] and 4 * cdiv(N, 128) <= sms)
+    return M <= 64 or (M <= MAX_TOKENS and 4 * cdiv(N, 128) <= sms)
 
 
 def padded_tokens(M: int) -> int:

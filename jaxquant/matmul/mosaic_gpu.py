@@ -22,6 +22,7 @@ from jaxquant.array import QuantizedArray
 from jaxquant.hopper import multiprocessors
 from jaxquant.matmul.partition import across_devices
 from jaxquant.matmul.prologue import Prologue, RMSNorm, SiluMul
+from jaxquant.matmul.tokens import QuantizedTokens
 from jaxquant.matmul.xla import finish
 
 _BLOCK_SIZE = (128, 128)
@@ -33,7 +34,7 @@ _M_ALIGNMENT = 8
 
 
 def matmul(
-    x: Float[Array, "*batch A"],
+    x: Float[Array, "*batch A"] | QuantizedTokens,
     w: QuantizedArray,
     layer: Any,
     out_dtype: Any,
@@ -49,13 +50,15 @@ def matmul(
     sms = multiprocessors(x, "FP8 products")
     weight_only = w.activation_scheme is None
     if prologue is not None and (weight_only or not _fuses(prologue, x)):
+        assert not isinstance(x, QuantizedTokens)  # which `matmul` refuses
         x, prologue = prologue(x, layer), None
     check_operands(x, w, out_dtype)
     out_dtype, N = jnp.dtype(out_dtype), w.qvalue.shape[-2]
     stacks, layer = _as_stacks(w, layer, prologue, bias, out_dtype)
     rows = None if residual is None else residual.reshape(-1, N).astype(out_dtype)
     run = _batchable(_run_weight_only if weight_only else _run, out_dtype, sms)
-    y = run(x.reshape(-1, x.shape[-1]), rows, stacks, layer)
+    tokens = x if isinstance(x, QuantizedTokens) else x.reshape(-1, x.shape[-1])
+    y = run(tokens, rows, stacks, layer)
     return y.reshape(*x.shape[:-1], N)
 
 
@@ -161,11 +164,12 @@ def _batchable(product: Any, out_dtype: Any, sms: int) -> Any:
         def batch(a, is_batched):
             return a if is_batched else jnp.broadcast_to(a, (axis_size, *a.shape))
 
-        x = batch(x, x_batched)
+        x = jax.tree.map(batch, x, x_batched)
         if residual is not None:
             residual = batch(residual, residual_batched)
         N, stack_batched = stacks[0].shape[-2], any(jax.tree.leaves(stacks_batched))
-        if not stack_batched and not layer_batched:  # more tokens of one product
+        if not (stack_batched or layer_batched or isinstance(x, QuantizedTokens)):
+            # More tokens of one product.
             rows = None if residual is None else residual.reshape(-1, N)
             y = run(x.reshape(-1, x.shape[-1]), rows, stacks, layer)
             return y.reshape(axis_size, -1, N), True
@@ -211,7 +215,7 @@ def _gating(out_dtype: Any, sms: int) -> Any:
 # Compiled once a shape, also where the caller does not jit.
 @functools.partial(jax.jit, static_argnames=("out_dtype", "sms"))
 def _run(
-    x: Float[Array, "M A"],
+    x: Float[Array, "M A"] | QuantizedTokens,
     residual: Float[Array, "M N"] | None,
     stacks: Any,
     layer: Int32[Array, "1"],
@@ -226,8 +230,9 @@ def _run(
     from jaxquant.matmul.sm90 import round_up
 
     qvalue, scale, prologue, bias = stacks
-    M, (N, K) = x.shape[0], qvalue.shape[1:]
-    if gemv_sm90.takes(M, K):
+    quantized = isinstance(x, QuantizedTokens)
+    M, (N, K) = math.prod(x.batch) if quantized else len(x), qvalue.shape[1:]
+    if not quantized and gemv_sm90.takes(M, K):
         sx = None
         if isinstance(prologue, SiluMul):  # too much for every thread block to do
             x, sx = quantize_tokens(prologue, x, K, M)
@@ -238,8 +243,11 @@ def _run(
             out_dtype=out_dtype, config=config, sms=sms,
         )  # fmt: skip
     decodes = decode_sm90.takes(M, N, sms)
-    rows = decode_sm90.padded_tokens(M) if decodes else round_up(M, _M_ALIGNMENT)
-    xq, sx = quantize(prologue, x, layer, K, rows)
+    if quantized:
+        xq, sx = x.qvalue, x.scale
+    else:
+        rows = decode_sm90.padded_tokens(M) if decodes else round_up(M, _M_ALIGNMENT)
+        xq, sx = quantize(prologue, x, layer, K, rows)
     if decodes:
         config = decode_sm90.default_config(M, N, K, sms)
         added = None

@@ -6,6 +6,7 @@ sum over devices, both in whole blocks. Tokens stay apart on the axes of the mes
 leaves.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxquant.hopper import interpreted
+from jaxquant.matmul.tokens import QuantizedTokens
 from jaxquant.matmul.xla import finish
 
 # Rows and columns of the weight that share a scale.
@@ -29,7 +31,7 @@ _BLOCK = 128
 @functools.partial(jax.jit, static_argnames=("run", "out_dtype", "sms", "tokens_apart"))
 def across_devices(
     run: Callable[..., Any],
-    x: Float[Array, "M A"],
+    x: Float[Array, "M A"] | QuantizedTokens,
     residual: Float[Array, "M N"] | None,
     stacks: Any,
     index: Any,
@@ -52,6 +54,8 @@ def across_devices(
       tokens_apart: whether a device can do with some of the tokens.
     """
     run = functools.partial(run, sms=sms)
+    quantized = isinstance(x, QuantizedTokens)
+    tokens_apart = tokens_apart and not quantized  # they are padded
     if interpreted():  # its effects may not be partitioned
         return run(x, residual, stacks, index, out_dtype=out_dtype)
 
@@ -83,7 +87,9 @@ def across_devices(
             return NamedSharding(mesh, PartitionSpec(*(entry or None for entry in entries)))
 
         # A prologue needs whole tokens.
-        of_x = spec(tokens, columns if prologue is None else None)
+        of_x: Any = spec(tokens, columns if prologue is None else None)
+        if quantized:
+            of_x = dataclasses.replace(x, qvalue=of_x, scale=spec(columns))
         weight = spec(None, rows, columns)
         around = jax.tree.map(lambda _: spec(), prologue), bias and spec(None, rows)
         of_y = spec(tokens, rows)
@@ -94,7 +100,7 @@ def across_devices(
     bias_factors = None if bias is None else "bl n"
     # Which dimensions are cut alike. Others are left to `partition`.
     factors = (
-        "m a" if tokens_apart else "t a",
+        ["t a", "xk xm"] if quantized else "m a" if tokens_apart else "t a",
         None if residual is None else "m n",
         ("l n k", "sl sn sk", jax.tree.map(lambda _: "pl pk", prologue), bias_factors),
         [f"i{i}" for i, _ in enumerate(jax.tree.leaves(index))],

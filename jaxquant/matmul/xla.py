@@ -18,10 +18,11 @@ from jaxquant.blocked import (
     widen,
 )
 from jaxquant.matmul.prologue import Prologue, rounded, take
+from jaxquant.matmul.tokens import QuantizedTokens
 
 
 def matmul(
-    x: Float[Array, "*batch A"],
+    x: Float[Array, "*batch A"] | QuantizedTokens,
     w: QuantizedArray,
     layer: Any,
     out_dtype: Any,
@@ -30,9 +31,11 @@ def matmul(
     residual: Float[Array, "..."] | None = None,
 ) -> Float[Array, "*batch N"]:
     """`x @ w^T` with w dequantized to float32 on the way. See `jaxquant.matmul.matmul`."""
-    x = x if prologue is None else prologue(x, layer)
-    if w.activation_scheme == "dynamic":
-        x = _fake_quantize(x)
+    if isinstance(x, QuantizedTokens):
+        x = x.dequantize()
+    else:
+        x = x if prologue is None else prologue(x, layer)
+        x = _fake_quantize(x) if w.activation_scheme == "dynamic" else x
     weight = _dequantize_layer(w, layer)
     y = _dot_f32(x.astype(jnp.float32), weight)
     return finish(y, layer, out_dtype, bias, residual)

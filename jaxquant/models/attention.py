@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxquant.array import QuantizedArray
 from jaxquant.attention import append, append_and_attend, empty, fill
+from jaxquant.matmul import QuantizedTokens
 from jaxquant.models.layers import Rope, Rotations
 
 
@@ -81,6 +82,7 @@ class Forward:
         window: int | None = None,
         scale: float | None = None,
         softcap: float | None = None,
+        may_quantize: bool = False,
     ) -> tuple[Float[Array, "B T Hq D"], Any]:
         """What each token gets from itself and those before it, and the cache.
 
@@ -94,6 +96,7 @@ class Forward:
           window: how many tokens a token sees, itself included; None is all.
           scale: what `q k^T` is multiplied with; default `1 / sqrt(D)`.
           softcap: if given, scores become `softcap * tanh(scores / softcap)`.
+          may_quantize: whether the result may be QuantizedTokens `[B, T, Hq * D]`.
         """
         q, k = (self.rotations.rotate(y, rope) for y in (q, k))
         return causal_attention(q, k, v, window, scale, softcap), cache
@@ -116,6 +119,7 @@ class Prefill(Forward):
         window: int | None = None,
         scale: float | None = None,
         softcap: float | None = None,
+        may_quantize: bool = False,
     ) -> tuple[Float[Array, "B T Hq D"], Cache]:
         """See `Forward.attend`; keys and values are written to the cache."""
         q, k = (self.rotations.rotate(y, rope) for y in (q, k))
@@ -169,7 +173,8 @@ class DecodeStep:
         window: int | None = None,
         scale: float | None = None,
         softcap: float | None = None,
-    ) -> tuple[Float[Array, "B 1 Hq D"], Cache]:
+        may_quantize: bool = False,
+    ) -> tuple[Float[Array, "B 1 Hq D"] | QuantizedTokens, Cache]:
         """See `Forward.attend`; keys and values are written to the cache first."""
         B, _, _, D = q.shape
         rotation = None
@@ -181,10 +186,13 @@ class DecodeStep:
         # Where these are slices of one product, side by side, XLA takes the product itself.
         qkv = jnp.concatenate([y.reshape(B, 1, -1) for y in (q, k, v)], axis=-1).reshape(B, -1, D)
         options: Any = {"window": window, "scale": scale, "softcap": softcap}
+        options["may_quantize"] = may_quantize
         out, *new = append_and_attend(
             qkv, cache.k, cache.v, layer, self.filled, rotation, **options
         )
-        return out[:, None], dataclasses.replace(cache, k=new[0], v=new[1])
+        quantized = isinstance(out, QuantizedTokens)
+        out = dataclasses.replace(out, batch=(B, 1)) if quantized else out[:, None]
+        return out, dataclasses.replace(cache, k=new[0], v=new[1])
 
 
 def causal_attention(

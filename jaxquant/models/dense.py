@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxquant.matmul import Prologue, SiluMul
+from jaxquant.matmul import Prologue, QuantizedTokens, SiluMul
 from jaxquant.models.hf_config import HFConfig
 from jaxquant.models.layers import Linear, RMSNorm, Rope, Stack, projections
 
@@ -170,8 +170,11 @@ class Attention(nnx.Module):
             window=kind.window,
             scale=cfg.scale,
             softcap=cfg.softcap,
+            may_quantize=self.o_proj.quantizes,
         )
-        return self.o_proj(attended.reshape(*x.shape[:-1], -1), l, residual=residual), cache
+        if not isinstance(attended, QuantizedTokens):
+            attended = attended.reshape(*x.shape[:-1], -1)
+        return self.o_proj(attended, l, residual=residual), cache
 
 
 class MLP(nnx.Module):

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
+from jaxquant.array import QuantizedArray
 from jaxquant.attention import rotate_halves
 from jaxquant.matmul import (
     Prologue,
+    QuantizedTokens,
     RMSNorm as RMSNormPrologue,
     fuses_epilogue,
     grouped_matmul,
@@ -49,9 +51,15 @@ class Linear(nnx.Module):
         self.weight = unloaded(L, N, K, dtype=dtype)
         self.bias = unloaded(L, N, dtype=dtype) if bias else None
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether it quantizes x, and so takes it quantized as well."""
+        weight = self.weight.get_value()
+        return isinstance(weight, QuantizedArray) and weight.activation_scheme == "dynamic"
+
     def __call__(
         self,
-        x: Float[Array, "*batch A"],
+        x: Float[Array, "*batch A"] | QuantizedTokens,
         layer: Any,
         prologue: Prologue | None = None,
         residual: Float[Array, "*batch N"] | None = None,
@@ -174,7 +182,7 @@ class SeparateLinear(nnx.Module):
 
 def _linear(
     module: Any,
-    x: Array,
+    x: Array | QuantizedTokens,
     layer: Any,
     prologue: Prologue | None,
     residual: Array | None = None,

@@ -32,7 +32,9 @@ from jaxquant.attention import (
     decode_sm90,
     mosaic_gpu,
 )
-from jaxquant.attention.sm90 import Config, padded_group
+from jaxquant.attention.sm90 import Cluster, Config, is_quantizable, padded_group
+from jaxquant.blocked import quantize, quantize_activations
+from jaxquant.matmul import matmul
 
 # What rounding the weights and the result costs.
 TOLERANCE = 3e-3
@@ -92,14 +94,20 @@ def test_few_heads_are_split(heads, splits):
     assert decode_sm90.default_config(1, heads, 4, 1536, 128, 132).splits == splits
 
 
+def test_larger_clusters_share_multiprocessors():
+    # As many of four as there are have no place where a thread block takes a multiprocessor.
+    for kernel in (decode_sm90, decode_fp8_sm90):
+        assert kernel.default_config(1, 8, 4, 1536, 128, 132).stages == 3
+        assert kernel.default_config(1, 32, 4, 1536, 128, 132).stages == 2
+
+
 def test_short_caches_are_not_split():
     assert decode_sm90.default_config(1, 1, 4, 64, 128, 132).splits == 1
 
 
 def smem_bytes(config: Config, N: int, D: int) -> int:
-    part = (D + 4) * N * 4
-    ring = max(config.stages * 4 * config.tile * D, config.splits * part)
-    return ring + 2 * N * (D + config.tile) + (part if config.splits > 1 else 0)
+    ring = config.stages * 4 * config.tile * D
+    return ring + 2 * N * (D + config.tile) + Cluster(1, config.splits, D, N).nbytes
 
 
 @pytest.mark.parametrize("D", [64, 128, 192, 256])
@@ -136,6 +144,61 @@ def test_vmap_over_queries_and_layers(hopper):
     ys = jax.vmap(lambda q, l: attend(q, k, v, l, lengths))(qs, layers)
     for q, y, l in zip(qs, ys, (0, 1, 1), strict=True):
         assert relative_error(y, definition(q, k, v, l, lengths)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(
+    ("B", "H", "G", "D"), [(3, 2, 4, 128), (9, 1, 1, 256), (3, 1, 16, 256), (3, 3, 8, 128)]
+)
+def test_a_result_may_be_quantized(hopper, fp8, B, H, G, D):
+    cache_and_qkv = fp8_cache_and_token if fp8 else cache_and_token
+    qkv, k, v, lengths, rotation = cache_and_qkv(B, H, G, 128, D, dtype="bfloat16")
+
+    def attend(may_quantize):
+        options: Any = {"may_quantize": may_quantize, "implementation": "mosaic_gpu"}
+        return append_and_attend(qkv, k, v, 1, lengths, rotation, **options)[0]
+
+    y, quantized = attend(False).reshape(B, -1), attend(True)
+    expected = quantize_activations(y)
+    assert (quantized.shape, quantized.dtype, quantized.batch) == (y.shape, y.dtype, (B,))
+    assert same_bytes(quantized.qvalue[:B], expected[0])
+    assert same_bytes(quantized.scale[:, :B].T, expected[1])
+
+
+@pytest.mark.parametrize(
+    ("B", "H", "G", "D", "quantizes"),
+    [
+        (16, 8, 4, 128, True),
+        (3, 8, 16, 256, True),
+        (1, 8, 4, 128, False),  # the product does it in passing
+        (16, 8, 4, 64, False),
+        (16, 8, 12, 128, False),  # computed as 16
+        (16, 8, 64, 128, False),
+    ],
+)
+def test_which_results_may_be_quantized(B, H, G, D, quantizes):
+    assert is_quantizable(B, H, G, D) == quantizes
+
+
+def test_xla_quantizes_no_result(hopper):
+    qkv, k, v, lengths, rotation = cache_and_token(3, 1, 4, 60, 128, "bfloat16")
+    y, *_ = append_and_attend(qkv, k, v, 1, lengths, rotation, may_quantize=True)
+    assert isinstance(y, jax.Array)
+
+
+def test_vmap_of_a_quantized_result(hopper):
+    qkv, k, v, lengths, _ = cache_and_token(3, 1, 8, 64, 128, "bfloat16")
+    w = quantize(jnp.asarray(np.random.default_rng(4).standard_normal((64, 1024)), "bfloat16"))
+
+    def step(qkv):
+        y, *_ = append_and_attend(
+            qkv, k, v, 1, lengths, may_quantize=True, implementation="mosaic_gpu"
+        )
+        return matmul(y, w, implementation="xla")
+
+    qkvs = jnp.stack([qkv, -2 * qkv])
+    for y, qkv_ in zip(jax.vmap(step)(qkvs), qkvs, strict=True):
+        assert same_bytes(y, step(qkv_))
 
 
 def alike(a: Any, b: Any) -> bool:
@@ -282,11 +345,11 @@ def test_what_the_kernel_refuses_runs_through_xla(hopper):
 @pytest.mark.parametrize(
     ("B", "H", "G", "S", "D", "lengths", "rotates", "options"),
     [
-        (2, 2, 4, 192, 128, [71, 192], True, {}),
+        (2, 2, 4, 256, 128, [71, 256], True, {}),
         (2, 1, 2, 128, 256, [1, 65], True, {"window": 7}),
-        (2, 1, 2, 64, 64, [64, 2], True, {}),  # rotated ahead of the kernel
+        (2, 1, 2, 128, 64, [128, 2], True, {}),  # rotated ahead of the kernel
         (1, 4, 12, 128, 128, [70], False, {"softcap": 5.0, "scale": 0.3}),
-        (1, 1, 4, 320, 128, [257], True, {"window": 200}),  # in a cluster of 2
+        (1, 1, 4, 384, 128, [257], True, {"window": 200}),  # in a cluster of 2
     ],
 )
 def test_fp8_is_the_definitions(hopper, B, H, G, S, D, lengths, rotates, options):
@@ -330,9 +393,9 @@ def test_fp8_in_every_part_of_a_cluster(hopper, length):
     assert relative_error(y, definition(q, *cache, 1, lengths)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("config", [Config(64, 2, 1), Config(64, 3, 2), Config(128, 3, 1)])
+@pytest.mark.parametrize("config", [Config(128, 2, 1), Config(128, 3, 2), Config(256, 2, 1)])
 def test_every_cut_of_the_fp8_kernel(hopper, config):
-    qkv, k, v, lengths, _ = fp8_cache_and_token(1, 1, 4, 320, 64, dtype="bfloat16", lengths=[310])
+    qkv, k, v, lengths, _ = fp8_cache_and_token(1, 1, 4, 512, 64, dtype="bfloat16", lengths=[310])
     options: Any = {"window": None, "scale": 0.125, "softcap": None, "config": config}
     y, k, v = decode_fp8_sm90.append_and_attend(qkv, k, v, jnp.array([1]), lengths, None, **options)
     cache = dequantized(k), dequantized(v)
@@ -341,10 +404,8 @@ def test_every_cut_of_the_fp8_kernel(hopper, config):
 
 
 def fp8_smem_bytes(config: Config, N: int, D: int) -> int:
-    part = (D + 4) * N * 4
     ring = 2 * config.tile * (config.stages * (D + 4) + 4)
-    fixed = 2 * N * (D + config.tile) + (part if config.splits > 1 else 0)
-    return max(ring, config.splits * part) + fixed
+    return ring + 2 * N * (D + config.tile) + Cluster(1, config.splits, D, N).nbytes
 
 
 @pytest.mark.parametrize("D", [64, 128, 192, 256])
@@ -358,11 +419,11 @@ def test_every_default_for_fp8_fits_into_smem(D, G, heads, S):
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("config", [Config(64, 2, 1), Config(128, 2, 2)])
+@pytest.mark.parametrize("config", [Config(128, 2, 1), Config(128, 2, 2)])
 def test_no_two_threads_race(fp8, config):
     cache_and_qkv = fp8_cache_and_token if fp8 else cache_and_token
     # The new token's slot is in no tile. In one, it is masked, whatever a copy finds there.
-    qkv, k, v, lengths, rotation = cache_and_qkv(1, 1, 2, 320, 128, dtype="bfloat16", lengths=[257])
+    qkv, k, v, lengths, rotation = cache_and_qkv(1, 1, 2, 384, 128, dtype="bfloat16", lengths=[257])
     kernel = decode_fp8_sm90 if fp8 else decode_sm90
     options: Any = {"window": None, "scale": 0.1, "softcap": None, "config": config}
     params = plgpu.InterpretGPUParams(
@@ -376,10 +437,10 @@ def test_no_two_threads_race(fp8, config):
 
 
 def test_fp8_of_very_different_scales(hopper):
-    qkv, k, v, lengths, _ = fp8_cache_and_token(1, 1, 4, 192, 128, dtype="bfloat16", lengths=[150])
-    factors = jnp.exp2(jnp.asarray(np.random.default_rng(2).integers(-30, 30, 192), jnp.float32))
+    qkv, k, v, lengths, _ = fp8_cache_and_token(1, 1, 4, 256, 128, dtype="bfloat16", lengths=[150])
+    factors = jnp.exp2(jnp.asarray(np.random.default_rng(2).integers(-30, 30, 256), jnp.float32))
     k = dataclasses.replace(k, scale=k.scale * jnp.minimum(factors[:, None], 2))
-    v = dataclasses.replace(v, scale=v.scale * factors.reshape(3, 1, 64))
+    v = dataclasses.replace(v, scale=v.scale * factors.reshape(2, 1, 128))
     y, k, v = append_and_attend(qkv, k, v, 1, lengths, implementation="mosaic_gpu")
     cache = dequantized(k), dequantized(v)
     q, *_ = appended(qkv, *cache, 1, lengths, None)
@@ -387,7 +448,7 @@ def test_fp8_of_very_different_scales(hopper):
 
 
 def test_fp8_it_refuses(hopper):
-    q, k, v, lengths, _ = fp8_cache_and_token(1, 2, 2, 64, 64, dtype="bfloat16")
+    q, k, v, lengths, _ = fp8_cache_and_token(1, 2, 2, 128, 64, dtype="bfloat16")
     with pytest.raises(NotImplementedError) as caught:
         decode_attention(q[:, :4], k, v, 0, lengths, implementation="mosaic_gpu")
     message = "the cache is FP8; the kernel takes such a cache where it appends"

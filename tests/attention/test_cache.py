@@ -37,11 +37,11 @@ def same_bytes(a: Any, b: Any) -> bool:
 
 
 def test_keys_and_values_are_quantized_as_activations():
-    x = random(2, 3, 128, 128)
+    x = random(2, 3, 256, 64)
     qvalue, scale = quantize_activations(x)
     k, v = quantize_keys(x), quantize_values(x)
     assert same_bytes((k.qvalue, k.scale), (qvalue, scale))
-    pages = (a.reshape(2, 3, 2, 64, -1).mT for a in (qvalue, scale))
+    pages = (a.reshape(2, 3, 2, 128, -1).mT for a in (qvalue, scale))
     assert same_bytes((v.qvalue, v.scale), tuple(pages))
     np.testing.assert_array_equal(k.dequantize(), v.dequantize().reshape(x.shape))
 
@@ -61,12 +61,12 @@ def test_a_row_of_zeros():
 
 @pytest.mark.parametrize("values", [False, True])
 @pytest.mark.parametrize("B", [1, 3])
-@pytest.mark.parametrize("T", [5, 63, 64, 100])
+@pytest.mark.parametrize("T", [5, 127, 128, 200])
 def test_what_is_filled_and_appended_is_what_quantizing_all_gives(B, T, values):
     whole = random(B, 2, T + 1, 16)
-    cache = fill(empty((2, B, 2, 101, 16), "float8_e4m3fn", values=values), whole[:, :, :T], 1)
+    cache = fill(empty((2, B, 2, 201, 16), "float8_e4m3fn", values=values), whole[:, :, :T], 1)
     cache = append(cache, whole[:, :, T], 1, jnp.full(B, T + 1))
-    assert cache_shape(cache) == (2, B, 2, 128, 16)
+    assert cache_shape(cache) == (2, B, 2, 256, 16)
     expected = dequantized(quantize_keys(whole))
     np.testing.assert_array_equal(dequantized(cache)[1, :, :, : T + 1], expected)
     assert not dequantized(cache)[1, :, :, T + 1 :].any()
@@ -76,10 +76,10 @@ def test_what_is_filled_and_appended_is_what_quantizing_all_gives(B, T, values):
 @pytest.mark.parametrize("values", [False, True])
 @pytest.mark.parametrize("B", [1, 2])
 def test_a_full_cache_takes_a_token_in_its_last_slot(B, values):
-    cache, token = empty((1, B, 1, 64, 8), "float8_e4m3fn", values=values), random(B, 1, 8)
-    expected = append(cache, token, 0, jnp.full(B, 64))
-    assert same_bytes(append(cache, token, 0, jnp.full(B, 70)), expected)
-    assert dequantized(expected)[0, :, :, 63].all()
+    cache, token = empty((1, B, 1, 128, 8), "float8_e4m3fn", values=values), random(B, 1, 8)
+    expected = append(cache, token, 0, jnp.full(B, 128))
+    assert same_bytes(append(cache, token, 0, jnp.full(B, 140)), expected)
+    assert dequantized(expected)[0, :, :, 127].all()
 
 
 @pytest.mark.parametrize("B", [1, 3])
@@ -88,7 +88,7 @@ def test_a_full_cache_takes_a_token_in_its_last_slot(B, values):
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 4e-3)])
 def test_attention_is_that_over_the_dequantized_cache(B, options, dtype, tolerance):
-    qkv, k, v, lengths, rotation = fp8_cache_and_token(B, 2, 3, 64, 8, dtype=dtype)
+    qkv, k, v, lengths, rotation = fp8_cache_and_token(B, 2, 3, 128, 8, dtype=dtype)
     y, k, v = append_and_attend(qkv, k, v, 1, lengths, rotation, **options)
     q, *_ = appended(qkv, dequantized(k), dequantized(v), 1, lengths, rotation)
     expected = definition(q, dequantized(k), dequantized(v), 1, lengths, **options)
@@ -99,7 +99,7 @@ def test_attention_is_that_over_the_dequantized_cache(B, options, dtype, toleran
 
 
 def test_a_token_is_rotated_and_then_quantized():
-    qkv, k, v, lengths, rotation = fp8_cache_and_token(3, 2, 3, 64, 8, dtype="float32")
+    qkv, k, v, lengths, rotation = fp8_cache_and_token(3, 2, 3, 128, 8, dtype="float32")
     _, new_k, new_v = append_and_attend(qkv, k, v, 1, lengths, rotation)
     _, *expected = appended(qkv, dequantized(k), dequantized(v), 1, lengths, rotation)
     for got, want in zip((new_k, new_v), expected, strict=True):
@@ -107,8 +107,8 @@ def test_a_token_is_rotated_and_then_quantized():
 
 
 def test_what_unfilled_slots_hold_does_not_matter():
-    qkv, k, v, lengths, _ = fp8_cache_and_token(2, 1, 2, 64, 8, dtype="float32", lengths=[4, 9])
-    beyond = np.arange(64) >= np.asarray(lengths)[:, None]
+    qkv, k, v, lengths, _ = fp8_cache_and_token(2, 1, 2, 128, 8, dtype="float32", lengths=[4, 9])
+    beyond = np.arange(128) >= np.asarray(lengths)[:, None]
     nan_k = jax.tree.map(
         lambda a: jnp.where(beyond[:, None, :, None], jnp.asarray(jnp.nan, a.dtype), a), k
     )
@@ -121,7 +121,7 @@ def test_what_unfilled_slots_hold_does_not_matter():
 
 
 def test_a_cache_that_is_half_fp8_is_refused(unchecked):
-    qkv, k, v, lengths, _ = fp8_cache_and_token(1, 1, 2, 64, 8, dtype="bfloat16")
+    qkv, k, v, lengths, _ = fp8_cache_and_token(1, 1, 2, 128, 8, dtype="bfloat16")
     for operands, came in (
         ((k, v.dequantize().reshape(k.shape)), "((1, 8), None)"),
         ((k, k), "((1, 8), (1, 8))"),

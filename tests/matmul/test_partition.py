@@ -52,6 +52,16 @@ def test_a_product_is_cut_in_a_scan_and_under_vmap_and_grad(results):
         assert not gathered
 
 
+@pytest.mark.parametrize(
+    ("case", "needed"), [("-x-", []), ("--x", ["all-reduce"]), ("-xy", ["all-reduce"])]
+)
+def test_quantized_tokens_are_cut_as_the_weight(results, case, needed):
+    error, collectives, gathered = results[f"quantized {case}"]
+    assert error <= 3e-6
+    assert collectives == needed
+    assert not gathered
+
+
 @pytest.mark.parametrize(("spec", "needed"), [("--x-", []), ("---x", ["all-reduce"])])
 def test_experts_are_cut_as_their_weight(results, spec, needed):
     error, collectives, gathered = results[f"experts {spec}"]
@@ -68,7 +78,17 @@ def run_all() -> dict:
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
     from jaxquant.array import QuantizedArray
-    from jaxquant.matmul import RMSNorm, SiluMul, grouped, grouped_matmul, matmul, mosaic_gpu, xla
+    from jaxquant.blocked import quantize_activations
+    from jaxquant.matmul import (
+        QuantizedTokens,
+        RMSNorm,
+        SiluMul,
+        grouped,
+        grouped_matmul,
+        matmul,
+        mosaic_gpu,
+        xla,
+    )
 
     def stand_in(x, residual, stacks, layer, *, out_dtype, sms):
         qvalue, scale, prologue, bias = stacks
@@ -140,6 +160,12 @@ def run_all() -> dict:
     x = put(normal(M, K), "")
     for run in (scan, vmap, grad):
         results[run.__name__] = measure(run, x, weight("-xy"))
+
+    xq, sx = quantize_activations(normal(M, K))
+    tokens = QuantizedTokens(put(xq, ""), put(sx.T, ""), (M,), np.dtype(jnp.float32))
+    for spec in ("-x-", "--x", "-xy"):
+        args = tokens, weight(spec), jnp.int32(1), None, bias, residual
+        results[f"quantized {spec}"] = measure(product, *args)
     E, sizes, rows = 4, jnp.asarray([5, 0, 9, 2], jnp.int32), jnp.asarray(rng.permutation(M))
 
     def experts(x, qvalue, scale):
