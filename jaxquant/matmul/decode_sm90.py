@@ -39,11 +39,13 @@ _TOKENS = (8, 16, 32, 64, 96, 128)
 MAX_TOKENS = _TOKENS[-1]
 # Bytes of the weight in a slot: few and long reads.
 _SLOT_BYTES = 32 << 10
-# And in the ring: enough to keep the memory busy. Half of it, or twice, takes longer.
+# And in the ring: enough to keep the memory busy; of 64 KB and of 160 KB, products take longer.
 _RING_BYTES = 96 << 10
 # K blocks of a slot, and tokens of which the products of several and their sum fit into registers.
 _BLOCKS = (4, 2, 1)
 _MAX_TOGETHER = 64
+# With more tokens, K blocks of a tile from which on a second consumer pays.
+_LONG = 56
 # A barrier's phases are the bits of an int32.
 _MAX_STAGES = 32
 
@@ -91,15 +93,13 @@ def default_config(M: int, N: int, K: int, sms: int) -> Config:
     tiles = cdiv(N, tile_n)
     fitting = (s for s in (4, 2) if _fits(tiles, s, sms) and _can_split(steps, s))
     splits = next(fitting, 1)
-    return Config(tile_n, 1, splits, _slot_blocks(tile_n, steps // splits, M))
-
-
-def _slot_blocks(tile_n: int, steps: int, M: int) -> int:
-    """The most K blocks of which `steps` are a whole number of slots."""
+    own = steps // splits
     if M > _MAX_TOGETHER:
-        return 1
+        long = tile_n == 64 and own >= _LONG and own % 2 == 0
+        paired = Config(tile_n, 2, splits)
+        return paired if long and _has_ring(paired, M) else Config(tile_n, 1, splits)
     most = _SLOT_BYTES // (tile_n * K_BLOCK)
-    return next(b for b in _BLOCKS if b <= most and steps % b == 0)
+    return Config(tile_n, 1, splits, next(b for b in _BLOCKS if b <= most and own % b == 0))
 
 
 def _fits(tiles: int, splits: int, sms: int) -> bool:

@@ -265,7 +265,8 @@ def test_scales_of_a_token_side_by_side(hopper, prologue):
         (16, 28672, 4096, (128, 1, 1, 2)),
         (16, 4096, 11008, (64, 1, 2, 1)),  # a part of 43 K blocks
         (128, 1536, 4096, (64, 1, 4, 1)),
-        (128, 4096, 14336, (64, 1, 2, 1)),
+        (96, 4096, 14336, (64, 2, 2, 1)),
+        (128, 4096, 14336, (64, 1, 2, 1)),  # two consumers would leave no ring
         (16, 2112, 7168, (64, 1, 2, 4)),  # 33 clusters of four leave one for a second round
     ],
 )
