@@ -309,8 +309,6 @@ class MoEDecoder(Decoder):
     """A decoder of such layers."""
 
     layers_type = Layers
-    # Much of a layer is XLA's, which compiles it as often as it stands there.
-    unrolled = 4
 
     @staticmethod
     def variant(cfg: MoEConfig, layer: int) -> bool:
