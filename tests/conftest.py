@@ -36,3 +36,11 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_programs_of_other_modules():
+    # Each compiled program is several maps of memory, of which a process may have 65530: all
+    # tests' programs together are more, and the compiler then crashes.
+    yield
+    jax.clear_caches()
