@@ -165,7 +165,7 @@ class Decoder(nnx.Module):
 def _unrolled() -> int:
     """Layers that a decode step does in one turn of a loop."""
     # A turn is counted by a kernel, and waits for the one before: 3% of one token's step on a GPU.
-    # Without a loop 2% more would go, and the first call of an 8B model would take 10 s, not 6.
+    # Without a loop 2% more would go, but the first call of an 8B model takes 10 s.
     return 4 if jax.default_backend() == "gpu" else 1
 
 
