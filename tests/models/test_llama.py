@@ -83,7 +83,8 @@ def test_a_decode_step_with_unrolled_layers_is_the_same(golden, monkeypatch):
         monkeypatch.setattr(decoder, "_unrolled", lambda: unrolled)
         return module.decode(lengths, module.empty_cache(2, 32))[0]
 
-    assert np.array_equal(logits(4), logits(1))
+    for layers in (2, 3, 4):
+        assert np.array_equal(logits(layers), logits(1))
 
 
 def test_a_batch_of_unequal_prompts_equals_each_alone(golden):

@@ -9,7 +9,7 @@ from hopper import h200, needs_plugin, run_apart
 
 pytestmark = needs_plugin
 
-HIDDEN, WIDE, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB, SLOTS = 1024, 2816, 8, 2, 128, 3, 512, 512
+HIDDEN, WIDE, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB, SLOTS = 1024, 2816, 8, 2, 128, 6, 512, 512
 CACHE = rf"(?:bf16|f8e4m3fn)\[{LAYERS},\d+,{KV_HEADS},{SLOTS},{HEAD_DIM}\]"
 PROGRAMS = ["decode 1", "decode 16", "prefill", "decode 16, FP8 cache", "prefill, FP8 cache"]
 # The keys of one sequence, less than any stack of weights; activations are smaller.
@@ -47,15 +47,15 @@ def test_attention_leaves_several_tokens_quantized(compiled, program, attention)
     }
 
 
-def test_a_layer_of_a_decode_step_is_six_launches(compiled):
+def test_layers_of_a_decode_step_are_five_launches_and_numbered_together(compiled):
     (body,) = (
         part
-        for part in re.split(r"\n(?=%|ENTRY)", compiled["decode 1"])
+        for part in re.split(r"\n(?=%|ENTRY)", compiled["decode 1, two layers in a turn"])
         if "jaxquant_decode_attention" in part
     )
     launches = re.findall(r"= .+? (?:fusion|custom-call|copy|scatter|dot|reduce)\(", body)
-    # Four products, attention; the layer counted.
-    assert len(launches) == 6
+    # Four products and attention, twice; the layers' numbers, and two counters of turns.
+    assert len(launches) == 2 * 5 + 3
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -88,6 +88,7 @@ def compile_all() -> dict[str, str]:
     import jaxquant as jq
     from jaxquant.array import QuantizedArray
     from jaxquant.blocked import grid_shape
+    from jaxquant.models import decoder
     from jaxquant.models.attention import Cache
     from jaxquant.models.hf_config import HFConfig
     from jaxquant.models.layers import Stack
@@ -146,7 +147,16 @@ def compile_all() -> dict[str, str]:
     def prefill(model, tokens, lengths, cache):
         return model.prefill(tokens, lengths, cache)
 
+    def decode_in_turns(model, tokens, cache):
+        decoder._unrolled = lambda: 2
+        logits = model.decode(tokens, cache)
+        decoder._unrolled = lambda: 1
+        return logits
+
     return {
+        "decode 1, two layers in a turn": text(
+            decode_in_turns, model, shaped((1,), jnp.int32), cache(1)
+        ),
         **{f"decode {B}": text(decode, model, shaped((B,), jnp.int32), cache(B)) for B in (1, 16)},
         "decode 16, FP8 cache": text(decode, model, shaped((16,), jnp.int32), fp8_cache(16)),
         **{
