@@ -42,10 +42,10 @@ def h200s(n: int) -> Any:
     from jax.experimental import topologies
 
     from jaxquant.attention import mosaic_gpu as attention
-    from jaxquant.matmul import mosaic_gpu as matmul, weight_quant
+    from jaxquant.matmul import mlp, mosaic_gpu as matmul, weight_quant
 
-    attention.multiprocessors = matmul.multiprocessors = lambda x, what: 132
-    weight_quant.multiprocessors = matmul.multiprocessors
+    for module in (attention, matmul, mlp, weight_quant):
+        module.multiprocessors = lambda x, what: 132
     spec = (Path(__file__).parent / "matmul" / "h200.txtpb").read_text()
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=spec, topology=f"1x1x{n}"

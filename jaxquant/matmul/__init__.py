@@ -1,6 +1,7 @@
 """Matrix products with a blocked FP8 weight: one op, several implementations."""
 
-from jaxquant.matmul.api import fuses_epilogue as fuses_epilogue, matmul as matmul
+from jaxquant.matmul.api import matmul as matmul
 from jaxquant.matmul.grouped import grouped_matmul as grouped_matmul
+from jaxquant.matmul.mlp import gated_mlp as gated_mlp
 from jaxquant.matmul.prologue import Prologue as Prologue, RMSNorm as RMSNorm, SiluMul as SiluMul
 from jaxquant.matmul.tokens import QuantizedTokens as QuantizedTokens

@@ -32,13 +32,12 @@ def matmul(
     prologue: Prologue | None = None,
     bias: Float[Array, "..."] | None = None,
     residual: Float[Array, "..."] | None = None,
-    epilogue: Prologue | None = None,
     preferred_element_type: Any = None,
     implementation: str | None = None,
-) -> Float[Array, "*batch _"]:
+) -> Float[Array, "*batch N"]:
     """`x @ w^T` for a K-major weight, quantized or not, with what stands before and after it.
 
-        y = epilogue(prologue(x) @ w^T + bias + residual)
+        y = prologue(x) @ w^T + bias + residual
 
     where the product and each sum are rounded to the result's dtype, as separate operations are.
 
@@ -60,12 +59,11 @@ def matmul(
         writing it to memory.
       bias: `[N]`, or a stack `[L, N]`.
       residual: `[..., N]`.
-      epilogue: applied to the rest; see `fuses_epilogue`.
       preferred_element_type: dtype of the result; default x's.
       implementation: forces one of `IMPLEMENTATIONS`; default: the first that can run.
 
     Returns:
-      `[..., N]`, or what the epilogue makes of it.
+      `[..., N]`.
 
     Raises:
       JaxquantError: shapes that do not fit, a stack without `layer`, an unknown implementation.
@@ -75,47 +73,14 @@ def matmul(
     >>> matmul(jnp.ones((1, 256)), quantize(jnp.ones((3, 256))))[0, 0].item()
     256.0
     """
-    _check(x, w, layer, prologue, bias, residual)
+    check(x, w, layer, prologue, bias, residual)
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise JaxquantError(
             f"matmul: implementation is {implementation!r}; allowed: {', '.join(IMPLEMENTATIONS)}"
         )
     out_dtype = jnp.dtype(x.dtype if preferred_element_type is None else preferred_element_type)
     around = prologue, bias, residual
-    if epilogue is not None:
-        free = implementation in (None, "mosaic_gpu") and residual is None
-        if free and isinstance(x, Array) and fuses_epilogue(x, w, epilogue, out_dtype):
-            return _with_epilogue(x, around, w, layer, epilogue, out_dtype)
-        return epilogue(_matmul(x, around, w, layer, out_dtype, implementation), layer)
     return _matmul(x, around, w, layer, out_dtype, implementation)
-
-
-def fuses_epilogue(
-    x: Float[Array, "*batch A"], w: Any, epilogue: Prologue, preferred_element_type: Any = None
-) -> bool:
-    """Whether `matmul` has the epilogue for nothing, where an operation by itself is a launch more.
-
-    That is so for SiluMul behind the product of one token, or two, on a process's only GPU, if
-    there is no residual. Elsewhere it had better be the prologue of the product that follows.
-    """
-    out_dtype = jnp.dtype(x.dtype if preferred_element_type is None else preferred_element_type)
-    return isinstance(w, QuantizedArray) and mosaic_gpu.gates(x, w, out_dtype, epilogue)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
-def _with_epilogue(
-    x: Any, around: Any, w: QuantizedArray, layer: Any, epilogue: Any, out_dtype: Any
-) -> Any:
-    prologue, bias, _ = around
-    return mosaic_gpu.gated(x, w, layer, out_dtype, prologue, bias)
-
-
-@_with_epilogue.defjvp
-def _by_parts(out_dtype, primals, tangents):
-    def run(x, around, w, layer, epilogue):
-        return epilogue(_quantized_matmul(x, around, w, layer, out_dtype, None), layer)
-
-    return jax.jvp(run, primals, tangents)
 
 
 def _matmul(
@@ -171,7 +136,8 @@ def _check_layer(layer: Any, L: int) -> None:
         raise JaxquantError(f"matmul: layer is {layer}{allowed}")
 
 
-def _check(x: Any, w: Any, layer: Any, prologue: Any, bias: Any, residual: Any) -> None:
+def check(x: Any, w: Any, layer: Any, prologue: Any, bias: Any, residual: Any) -> None:
+    """Raises JaxquantError if `matmul` does not take these; x may be a ShapeDtypeStruct."""
     # The storage is K-major whatever the logical layout, so look at that.
     shape = w.qvalue.shape if isinstance(w, QuantizedArray) else w.shape
     if not jnp.issubdtype(x.dtype, jnp.floating):

@@ -1,10 +1,10 @@
 """Pallas kernels (Mosaic GPU) behind `matmul`: which products they take and which kernel runs.
 
-A product of one token, or a few, is one kernel, `gemv`, with all that stands around it, SiluMul
-behind it if that is asked for. Others are two: one that quantizes the activations after the
-prologue, and one that multiplies, `decode` for few tokens or `gemm` for many. A weight-only product
-is one kernel, `w8a16`, after what XLA makes of the prologue, or for many tokens one of XLA's. They
-are for Hopper (compute capability 9.0); every other device keeps the XLA reference.
+A product of one token, or a few, is one kernel, `gemv`, with all that stands around it. Others are
+two: one that quantizes the activations after the prologue, and one that multiplies, `decode` for
+few tokens or `gemm` for many. A weight-only product is one kernel, `w8a16`, after what XLA makes of
+the prologue, or for many tokens one of XLA's. They are for Hopper (compute capability 9.0); every
+other device keeps the XLA reference.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import custom_vmap, sequential_vmap
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, BFloat16, Float, Int32
 
 from jaxquant.array import QuantizedArray
@@ -49,12 +49,12 @@ def matmul(
     """
     sms = multiprocessors(x, "FP8 products")
     weight_only = w.activation_scheme is None
-    if prologue is not None and (weight_only or not _fuses(prologue, x)):
+    if prologue is not None and (weight_only or not fuses(prologue, x)):
         assert not isinstance(x, QuantizedTokens)  # which `matmul` refuses
         x, prologue = prologue(x, layer), None
     check_operands(x, w, out_dtype)
     out_dtype, N = jnp.dtype(out_dtype), w.qvalue.shape[-2]
-    stacks, layer = _as_stacks(w, layer, prologue, bias, out_dtype)
+    stacks, layer = as_stacks(w, layer, prologue, bias, out_dtype)
     rows = None if residual is None else residual.reshape(-1, N).astype(out_dtype)
     run = _batchable(_run_weight_only if weight_only else _run, out_dtype, sms)
     tokens = x if isinstance(x, QuantizedTokens) else x.reshape(-1, x.shape[-1])
@@ -62,44 +62,7 @@ def matmul(
     return y.reshape(*x.shape[:-1], N)
 
 
-def gates(x: Any, w: QuantizedArray, out_dtype: Any, epilogue: Prologue) -> bool:
-    """Whether `gated` takes a product, and the epilogue is its own."""
-    try:
-        multiprocessors(x, "FP8 products")
-        check_operands(x, w, out_dtype)
-    except NotImplementedError:
-        return False
-    from jaxquant.matmul import gemv_sm90
-
-    N, K = w.qvalue.shape[-2:]
-    # On several devices the rows of a gate and of what it gates may lie apart.
-    return (
-        isinstance(epilogue, SiluMul)
-        and w.activation_scheme is not None
-        and gemv_sm90.takes(math.prod(x.shape[:-1]), K)
-        and N % (2 * _N_ALIGNMENT) == 0
-        and jax.device_count() == 1
-    )
-
-
-def gated(
-    x: Float[Array, "*batch A"],
-    w: QuantizedArray,
-    layer: Any,
-    out_dtype: Any,
-    prologue: Prologue | None,
-    bias: Float[Array, "..."] | None,
-) -> Float[Array, "*batch _"]:
-    """`SiluMul()(prologue(x) @ w^T + bias)` in one kernel, where `gates` says so."""
-    sms = multiprocessors(x, "FP8 products")
-    if prologue is not None and not _fuses(prologue, x):
-        x, prologue = prologue(x, layer), None
-    stacks, layer = _as_stacks(w, layer, prologue, bias, out_dtype)
-    h = _gating(out_dtype, sms)(x.reshape(-1, x.shape[-1]), stacks, layer)
-    return h.reshape(*x.shape[:-1], -1)
-
-
-def _as_stacks(w: QuantizedArray, layer: Any, prologue: Any, bias: Any, out_dtype: Any) -> Any:
+def as_stacks(w: QuantizedArray, layer: Any, prologue: Any, bias: Any, out_dtype: Any) -> Any:
     """(qvalue, scale, prologue, bias), and the index `[1]` of the layer."""
     stacks = jnp.asarray(w.qvalue), jnp.asarray(w.scale)
     if layer is None:
@@ -112,7 +75,7 @@ def _as_stacks(w: QuantizedArray, layer: Any, prologue: Any, bias: Any, out_dtyp
     return (*stacks, prologue, bias), jnp.asarray(layer, jnp.int32).reshape(1)
 
 
-def _fuses(prologue: Prologue, x: Any) -> bool:
+def fuses(prologue: Prologue, x: Any) -> bool:
     """Whether the kernels know the prologue."""
     if isinstance(prologue, RMSNorm):
         return prologue.weight.dtype == x.dtype
@@ -189,25 +152,6 @@ def _batchable(product: Any, out_dtype: Any, sms: int) -> Any:
             index = index + L * jnp.arange(axis_size, dtype=jnp.int32)[:, None]
         y = lax.map(lambda of: run(*of[:2], stacks, of[2]), (x, residual, index))
         return y, True
-
-    return run
-
-
-@functools.cache
-def _gating(out_dtype: Any, sms: int) -> Any:
-    """The kernel for a product and SiluMul; `jax.vmap` runs it one after the other."""
-
-    @sequential_vmap
-    @jax.jit
-    def run(x, stacks, layer):
-        from jaxquant.matmul import gemv_sm90
-
-        qvalue, scale, prologue, bias = stacks
-        N, K = qvalue.shape[1:]
-        return gemv_sm90.gemv(
-            x, None, qvalue, scale, layer, prologue, bias, gated=True,
-            out_dtype=out_dtype, config=gemv_sm90.default_config(N // 2, K, sms), sms=sms,
-        )  # fmt: skip
 
     return run
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxquant.matmul import Prologue, QuantizedTokens, SiluMul
+from jaxquant.matmul import Prologue, QuantizedTokens, SiluMul, gated_mlp
 from jaxquant.models.hf_config import HFConfig
-from jaxquant.models.layers import Linear, RMSNorm, Rope, Stack, projections
+from jaxquant.models.layers import FusedLinear, Linear, RMSNorm, Rope, Stack, projections
 
 
 @jax.tree_util.register_dataclass
@@ -197,6 +197,19 @@ class MLP(nnx.Module):
         residual: Float[Array, "B T K"] | None = None,
     ) -> Float[Array, "B T K"]:
         """`mlp(norm(x)) + residual` of one layer."""
-        activation = ACTIVATIONS[self.activation]
-        y, activation = self.gate_up_proj.activated(x, l, norm, activation)
-        return self.down_proj(y, l, activation, residual)
+        gate_up, down, activation = self.gate_up_proj, self.down_proj, ACTIVATIONS[self.activation]
+        if not isinstance(gate_up, FusedLinear) or not gate_up.contiguous:
+            return down(gate_up.joined(x, l, norm), l, activation, residual)
+        biases = None, None
+        if gate_up.bias is not None and down.bias is not None:
+            biases = gate_up.bias.get_value(), down.bias.get_value()
+        return gated_mlp(
+            x,
+            gate_up.weight.get_value(),
+            down.weight.get_value(),
+            layer=l,
+            prologue=norm,
+            activation=activation,
+            biases=biases,
+            residual=residual,
+        )

@@ -16,7 +16,6 @@ from jaxquant.matmul import (
     Prologue,
     QuantizedTokens,
     RMSNorm as RMSNormPrologue,
-    fuses_epilogue,
     grouped_matmul,
     matmul,
 )
@@ -85,6 +84,11 @@ class FusedLinear(nnx.Module):
         self.weight = unloaded(len(stack.layers), end, K, dtype=dtype)
         self.bias = unloaded(len(stack.layers), end, dtype=dtype) if bias else None
 
+    @property
+    def contiguous(self) -> bool:
+        """Whether nothing stands between them."""
+        return sum(end - start for start, end in self.rows) == self.rows[-1][1]
+
     def __call__(
         self, x: Float[Array, "*batch A"], layer: Any, prologue: Prologue | None = None
     ) -> list[Float[Array, "*batch _"]]:
@@ -96,22 +100,9 @@ class FusedLinear(nnx.Module):
         self, x: Float[Array, "*batch A"], layer: Any, prologue: Prologue | None = None
     ) -> Float[Array, "*batch _"]:
         """The projections one behind the other."""
-        if sum(end - start for start, end in self.rows) == self.weight.get_value().shape[-2]:
+        if self.contiguous:
             return _linear(self, x, layer, prologue)
         return jnp.concatenate(self(x, layer, prologue), axis=-1)
-
-    def activated(
-        self,
-        x: Float[Array, "*batch A"],
-        layer: Any,
-        prologue: Prologue | None,
-        activation: Prologue,
-    ) -> tuple[Float[Array, "*batch _"], Prologue | None]:
-        """`activation(joined(...))` if that is to be had for nothing, and what is left to apply."""
-        contiguous = sum(end - start for start, end in self.rows) == self.rows[-1][1]
-        if contiguous and fuses_epilogue(x, self.weight.get_value(), activation):
-            return _linear(self, x, layer, prologue, epilogue=activation), None
-        return self.joined(x, layer, prologue), activation
 
 
 def fused_rows(sizes: Iterable[int], stack: Stack) -> tuple[tuple[int, int], ...]:
@@ -169,16 +160,6 @@ class SeparateLinear(nnx.Module):
         """The projections one behind the other."""
         return jnp.concatenate(self(x, layer, prologue), axis=-1)
 
-    def activated(
-        self,
-        x: Float[Array, "*batch A"],
-        layer: Any,
-        prologue: Prologue | None,
-        activation: Prologue,
-    ) -> tuple[Float[Array, "*batch _"], Prologue | None]:
-        """See `FusedLinear.activated`."""
-        return self.joined(x, layer, prologue), activation
-
 
 def _linear(
     module: Any,
@@ -186,7 +167,6 @@ def _linear(
     layer: Any,
     prologue: Prologue | None,
     residual: Array | None = None,
-    epilogue: Prologue | None = None,
 ) -> Array:
     bias = None if module.bias is None else module.bias.get_value()
     return matmul(
@@ -196,7 +176,6 @@ def _linear(
         prologue=prologue,
         bias=bias,
         residual=residual,
-        epilogue=epilogue,
     )
 
 
