@@ -41,10 +41,10 @@ def h200s(n: int) -> Any:
     """A mesh of n of them, its axis "x"."""
     from jax.experimental import topologies
 
-    from jaxquant.attention import mosaic_gpu as attention
+    from jaxquant.attention import fp8, mosaic_gpu as attention, prefill
     from jaxquant.matmul import mlp, mosaic_gpu as matmul, weight_quant
 
-    for module in (attention, matmul, mlp, weight_quant):
+    for module in (attention, fp8, prefill, matmul, mlp, weight_quant):
         module.multiprocessors = lambda x, what: 132
     spec = (Path(__file__).parent / "matmul" / "h200.txtpb").read_text()
     topology = topologies.get_topology_desc(

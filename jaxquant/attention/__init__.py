@@ -1,4 +1,4 @@
-"""Attention of one new token to a cache of keys and values: ops with several implementations."""
+"""Attention over a cache of keys and values, and what fills it: ops with implementations."""
 
 from jaxquant.attention.api import (
     append_and_attend as append_and_attend,
@@ -10,4 +10,10 @@ from jaxquant.attention.cache import (
     fill as fill,
     of_layer as of_layer,
 )
+from jaxquant.attention.fp8 import (
+    fp8_attention as fp8_attention,
+    fp8_units as fp8_units,
+    in_units as in_units,
+)
+from jaxquant.attention.prefill import rotate_and_fill as rotate_and_fill
 from jaxquant.attention.xla import rotate_halves as rotate_halves

@@ -293,8 +293,8 @@ def square_from(v: Array, row: Any, overlaps: bool) -> Array:
 
 
 def quantize_groups(
-    v: Float32[Array, "groups 128"], layout: Any = GROUPS
-) -> tuple[Float32[Array, "groups 128"], Float32[Array, " groups"]]:
+    v: Float32[Array, "groups K"], layout: Any = GROUPS
+) -> tuple[Float32[Array, "groups K"], Float32[Array, " groups"]]:
     """Values to be rounded to FP8, and scales, of activations in registers in that layout."""
     rows = layout.reduce(1)
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float, Float32
 
 from jaxquant.blocked import ACTIVATION_GROUP, expand_blocks, widen
 
@@ -53,6 +53,20 @@ class QuantizedTokens:
         M, K = math.prod(self.batch), self.shape[-1]
         scale = expand_blocks(self.scale[:, :M].T, (1, ACTIVATION_GROUP), (M, K))
         return (widen(self.qvalue[:M]) * scale).reshape(self.shape)
+
+
+def with_one_scale(
+    qvalue: Float[Array, "*batch K"], scale: Float32[Array, ""], dtype: Any
+) -> QuantizedTokens:
+    """Tokens that are FP8 with the same scale for all; dtype is that of what was quantized."""
+    *batch, K = qvalue.shape
+    M = math.prod(batch)
+    try:
+        rows, scales = (a.shape for a in kernel_layout(M, K))
+    except ImportError:  # then no kernel takes them
+        rows, scales = (M, K), (-(-K // ACTIVATION_GROUP), M)
+    qvalue = jnp.pad(qvalue.reshape(M, K), ((0, rows[0] - M), (0, 0)))
+    return QuantizedTokens(qvalue, jnp.broadcast_to(scale, scales), tuple(batch), jnp.dtype(dtype))
 
 
 def kernel_layout(M: int, K: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:

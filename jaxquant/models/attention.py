@@ -8,10 +8,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from jaxquant.array import QuantizedArray
-from jaxquant.attention import append, append_and_attend, empty, fill
+from jaxquant.attention import (
+    append,
+    append_and_attend,
+    empty,
+    fp8_attention,
+    fp8_units,
+    in_units,
+    rotate_and_fill,
+)
 from jaxquant.matmul import QuantizedTokens
 from jaxquant.models.layers import Rope, Rotations
 
@@ -53,9 +61,12 @@ class Forward:
 
     Attributes:
       rotations: of the tokens.
+      dtype: what tokens attend in: None, that of queries, or "float8_e4m3fn"; see
+        `jaxquant.attention.fp8`.
     """
 
     rotations: Rotations
+    dtype: str | None = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(
@@ -63,12 +74,13 @@ class Forward:
         tokens: Int[Array, "B T"],
         ropes: Iterable[Rope | None],
         lengths: Int[Array, " B"] | None = None,
+        dtype: str | None = None,
     ) -> Any:
         """Of sequences that start at position 0; padding behind `lengths` has none of its own."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if lengths is not None:
             positions = jnp.minimum(positions, lengths[:, None] - 1)
-        return cls(Rotations.of(ropes, positions))
+        return cls(Rotations.of(ropes, positions), dtype)
 
     def attend(
         self,
@@ -83,7 +95,7 @@ class Forward:
         scale: float | None = None,
         softcap: float | None = None,
         may_quantize: bool = False,
-    ) -> tuple[Float[Array, "B T Hq D"], Any]:
+    ) -> tuple[Float[Array, "B T Hq D"] | QuantizedTokens, Any]:
         """What each token gets from itself and those before it, and the cache.
 
         Args:
@@ -98,8 +110,25 @@ class Forward:
           softcap: if given, scores become `softcap * tanh(scores / softcap)`.
           may_quantize: whether the result may be QuantizedTokens `[B, T, Hq * D]`.
         """
+        units = self.units(q, k, v, rope)
         q, k = (self.rotations.rotate(y, rope) for y in (q, k))
-        return causal_attention(q, k, v, window, scale, softcap), cache
+        options: Any = {"window": window, "scale": scale, "softcap": softcap}
+        if units is None:
+            return causal_attention(q, k, v, **options), cache
+        y = fp8_attention(in_units((q, k, v), units), units, q.dtype, **options)
+        return y if may_quantize else of_heads(y, q.shape[2]), cache
+
+    def units(
+        self,
+        q: Float[Array, "B T Hq D"],
+        k: Float[Array, "B T H D"],
+        v: Float[Array, "B T H Dv"],
+        rope: Rope | None = None,
+    ) -> Float32[Array, "3"] | None:
+        """Of FP8, if that is what tokens attend in, given what is still to be rotated."""
+        if self.dtype is None:
+            return None
+        return fp8_units(q, k, v, 1.0 if rope is None else max(1.0, rope.attention_factor))
 
 
 @jax.tree_util.register_dataclass
@@ -120,13 +149,20 @@ class Prefill(Forward):
         scale: float | None = None,
         softcap: float | None = None,
         may_quantize: bool = False,
-    ) -> tuple[Float[Array, "B T Hq D"], Cache]:
+    ) -> tuple[Float[Array, "B T Hq D"] | QuantizedTokens, Cache]:
         """See `Forward.attend`; keys and values are written to the cache."""
-        q, k = (self.rotations.rotate(y, rope) for y in (q, k))
-        y = causal_attention(q, k, v, window, scale, softcap)
-        k, v = (x.swapaxes(1, 2) for x in (k, v))
-        cache = dataclasses.replace(cache, k=fill(cache.k, k, layer), v=fill(cache.v, v, layer))
-        return y, cache
+        units, rotation = self.units(q, k, v, rope), None
+        if rope is not None and rope.rotates_halves_of(q.shape[-1]):
+            rotation = self.rotations.table(rope)
+        else:
+            q, k = (self.rotations.rotate(y, rope) for y in (q, k))
+        qkv, *new = rotate_and_fill(q, k, v, cache.k, cache.v, layer, rotation, units)
+        cache = dataclasses.replace(cache, k=new[0], v=new[1])
+        options: Any = {"window": window, "scale": scale, "softcap": softcap}
+        if units is None:
+            return causal_attention(*qkv, **options), cache
+        y = fp8_attention(qkv, units, q.dtype, **options)
+        return y if may_quantize else of_heads(y, q.shape[2]), cache
 
 
 @jax.tree_util.register_dataclass
@@ -178,7 +214,7 @@ class DecodeStep:
         """See `Forward.attend`; keys and values are written to the cache first."""
         B, _, _, D = q.shape
         rotation = None
-        if rope is not None and rope.dim == D and not rope.interleaved:
+        if rope is not None and rope.rotates_halves_of(D):
             cos, sin = self.rotations.table(rope)
             rotation = cos[:, 0], sin[:, 0]
         else:
@@ -217,6 +253,11 @@ def causal_attention(
         return attend(implementation="cudnn")
     with jax.default_matmul_precision(_precision(q.dtype)):
         return attend(implementation="xla")
+
+
+def of_heads(y: QuantizedTokens, Hq: int) -> Float[Array, "B T Hq D"]:
+    """What is quantized, in its dtype, head by head."""
+    return y.dequantize().astype(y.dtype).reshape(*y.batch, Hq, -1)
 
 
 def _capped_attention(

@@ -75,13 +75,20 @@ class Decoder(nnx.Module):
             None if cfg.tie_word_embeddings else Table(cfg.vocab_size, cfg.hidden_size, dtype)
         )
 
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float32[Array, "B T V"]:
-        """Logits of every token, without a cache."""
-        x, _ = self._run(tokens, Forward.of(tokens, self._ropes), None)
+    def __call__(
+        self, tokens: Int[Array, "B T"], attention_dtype: str | None = None
+    ) -> Float32[Array, "B T V"]:
+        """Logits of every token, without a cache; `attention_dtype` as in `prefill`."""
+        forward = Forward.of(tokens, self._ropes, dtype=attention_dtype)
+        x, _ = self._run(tokens, forward, None)
         return self.head(x)
 
     def prefill(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Cache
+        self,
+        tokens: Int[Array, "B T"],
+        lengths: Int[Array, " B"],
+        cache: Cache,
+        attention_dtype: str | None = None,
     ) -> tuple[Float32[Array, "B V"], Cache]:
         """Fills an empty cache with prompts.
 
@@ -89,11 +96,14 @@ class Decoder(nnx.Module):
           tokens: the prompts, padded on the right.
           lengths: their lengths, 1 to T.
           cache: at least T slots.
+          attention_dtype: what the prompts attend in: None, the model's dtype, or "float8_e4m3fn";
+            see `jaxquant.attention.fp8`.
 
         Returns:
           Logits of the last token of each prompt, and the cache.
         """
-        x, cache = self._run(tokens, Prefill.of(tokens, self._ropes, lengths), cache)
+        prefill = Prefill.of(tokens, self._ropes, lengths, attention_dtype)
+        x, cache = self._run(tokens, prefill, cache)
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self.head(last), dataclasses.replace(cache, lengths=lengths)
 

@@ -265,6 +265,10 @@ class Rope:
     attention_factor: float = 1.0
     interleaved: bool = False
 
+    def rotates_halves_of(self, D: int) -> bool:
+        """Whether it is pairs (i, i + D / 2), of all of D dims."""
+        return self.dim == D and not self.interleaved
+
     def frequencies(self, length: Any = 0) -> Float32[Array, "*batch pairs"]:
         """Radians per position, one for each rotated pair.
 

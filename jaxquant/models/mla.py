@@ -21,10 +21,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxquant.array import QuantizedArray
-from jaxquant.attention import fill, of_layer
+from jaxquant.attention import fill, fp8_attention, fp8_units, in_units, of_layer
 from jaxquant.blocked import dequantize, take_layer
 from jaxquant.matmul import Prologue
-from jaxquant.models.attention import Cache, DecodeStep, Prefill, causal_attention
+from jaxquant.models.attention import Cache, DecodeStep, Prefill, causal_attention, of_heads
 from jaxquant.models.dense import LayerKind
 from jaxquant.models.layers import Linear, RMSNorm, Stack
 
@@ -117,7 +117,7 @@ class MLA(nnx.Module):
             )
         else:
             kv = self.kv_b_proj(latents, l).reshape(heads)
-            y = expanded_attention(q_nope, q_rope, kv, k_rope, cfg.scale)
+            y = expanded_attention(q_nope, q_rope, kv, k_rope, cfg.scale, tokens.dtype)
         return self.o_proj(y.reshape(*x.shape[:-1], -1), l, residual=residual), cache
 
     def _queries(
@@ -145,6 +145,7 @@ def expanded_attention(
     kv: Float[Array, "B T H Dkv"],
     k_rope: Float[Array, "B T Dr"],
     scale: float,
+    dtype: str | None = None,
 ) -> Float[Array, "B T H Dv"]:
     """Causal attention with the keys and values of each head.
 
@@ -154,6 +155,7 @@ def expanded_attention(
       kv: keys without position, and values: the latents times `kv_b_proj`.
       k_rope: the rotated part of the keys, the same for all heads.
       scale: of the logits.
+      dtype: see `attention.Forward`.
     """
     k_nope, v = jnp.split(kv, [q_nope.shape[-1]], axis=-1)
     k_rope = jnp.broadcast_to(k_rope[:, :, None], q_rope.shape)
@@ -164,6 +166,10 @@ def expanded_attention(
     def widened(x: Array) -> Array:  # attention has one D for all three; zeros change nothing
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, max(D, Dv) - x.shape[-1])))
 
+    if dtype is not None:
+        units = fp8_units(q, k, v)
+        y = fp8_attention(in_units((q, k, v), units), units, q.dtype, scale=scale)
+        return of_heads(y, q.shape[2])
     return causal_attention(widened(q), widened(k), widened(v), scale=scale)[..., :Dv]
 
 

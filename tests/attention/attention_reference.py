@@ -98,3 +98,28 @@ def definition(
 
 def relative_error(y: Any, expected: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected))
+
+
+def causal(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> np.ndarray:
+    """Each token of `[B, T, H, D]` attends to itself and those before it."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    G, T = q.shape[2] // k.shape[2], q.shape[1]
+    k, v = (np.repeat(a, G, axis=2) for a in (k, v))
+    logits = np.einsum("bthd,bshd->bhts", q, k) * (q.shape[3] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        logits = softcap * np.tanh(logits / softcap)
+    mask = np.tri(T, dtype=bool)
+    if window is not None:
+        mask &= ~np.tri(T, k=-window, dtype=bool)
+    logits = np.where(mask, logits, -np.inf)
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    y = np.einsum("bhts,bshd->bthd", weights, v)
+    return y / weights.sum(axis=-1).swapaxes(1, 2)[..., None]

@@ -1,6 +1,7 @@
 """Products of tokens that are quantized already."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxquant.blocked import quantize, quantize_activations
 from jaxquant.errors import JaxquantError
 from jaxquant.matmul import QuantizedTokens, SiluMul, decode_sm90, matmul, mosaic_gpu
-from jaxquant.matmul.tokens import kernel_layout
+from jaxquant.matmul.tokens import kernel_layout, with_one_scale
 
 
 @pytest.fixture
@@ -61,6 +62,21 @@ def test_the_layout_is_what_the_kernels_take(M):
     qvalue, scale = kernel_layout(M, 384)
     assert qvalue.shape[0] == (decode_sm90.padded_tokens(M) if M <= 128 else -(-M // 8) * 8)
     assert scale.shape == (3, -(-M // 64) * 64)
+
+
+@pytest.mark.parametrize("shape", [(3, 256), (2, 65, 384)])
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
+def test_tokens_of_one_scale(hopper, shape, implementation):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float8_e4m3fn)
+    xq = with_one_scale(x, jnp.float32(0.25), jnp.bfloat16)
+    assert (xq.shape, xq.dtype) == (shape, jnp.bfloat16)
+    np.testing.assert_array_equal(xq.dequantize(), x.astype(jnp.float32) / 4)
+    layout = [(a.shape, a.dtype) for a in kernel_layout(math.prod(shape[:-1]), shape[-1])]
+    assert [(a.shape, a.dtype) for a in (xq.qvalue, xq.scale)] == layout
+    w = weight(136, shape[-1])
+    expected = x.astype(jnp.float32) / 4 @ w.dequantize(jnp.float32).T
+    y = matmul(xq, w, implementation=implementation)
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])

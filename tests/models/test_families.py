@@ -187,6 +187,25 @@ def test_an_fp8_cache_is_close_and_different(case):
     assert 1e-3 < relative(logits, full) < 0.1
 
 
+@pytest.mark.parametrize("case", ["llama/llama3", "gemma/gemma2"])
+@pytest.mark.parametrize("weights", [golden, fp8])
+def test_attention_in_fp8_is_close_and_different(case, weights):
+    tokens, module = jnp.asarray(with_continuation(case)), weights(case).module
+    rows, lengths = np.arange(2), np.array([9, 13], np.int32)
+    padded = jnp.pad(tokens, ((0, 0), (0, 48 - tokens.shape[1])), constant_values=5)
+
+    @jax.jit
+    def run(module):
+        cache = module.empty_cache(2, 48)
+        args = padded, jnp.asarray(lengths), cache, "float8_e4m3fn"
+        return module(tokens, "float8_e4m3fn"), module.prefill(*args)[0]
+
+    logits, prefilled = run(module)
+    assert 5e-3 < relative(logits, module(tokens)) < 0.2
+    # With other tokens behind it, a prompt has another power of two at most.
+    assert relative(prefilled, logits[rows, lengths - 1]) < 2e-2
+
+
 @pytest.mark.parametrize("case", FAMILIES)
 def test_fp8_is_close_and_different(case):
     logits = fp8(case)(with_continuation(case))

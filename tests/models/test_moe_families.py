@@ -80,6 +80,12 @@ def test_latents_in_fp8_are_close(golden):
     assert 1e-3 < relative(logits, full) < 0.1
 
 
+def test_latent_attention_in_fp8_is_close(golden):
+    model, tokens = golden("deepseek_v3"), expected("deepseek_v3")["tokens"]
+    logits = jax.jit(lambda module: module(jnp.asarray(tokens), "float8_e4m3fn"))(model.module)
+    assert 5e-3 < relative(logits, model(tokens)) < 0.4
+
+
 def test_the_cache_of_latent_attention_holds_latents(golden):
     cache = golden("deepseek_v3").module.empty_cache(2, 20)
     assert (cache.k.shape, cache.v.shape) == ((3, 2, 1, 20, 40), (3, 2, 1, 20, 16))

@@ -1,0 +1,126 @@
+"""What stands between a prompt's projections and its attention: rotation, FP8, the cache."""
+
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
+from jaxtyping import Array, Float, Float32, Int
+
+from jaxquant.array import QuantizedArray
+from jaxquant.attention.cache import PAGE, KeysOrValues, cache_shape, fill
+from jaxquant.attention.fp8 import in_units
+from jaxquant.attention.xla import rotate_halves
+from jaxquant.hopper import multiprocessors
+
+_logger = logging.getLogger(__name__)
+
+_HEAD_DIMS = (64, 128, 256)
+# What TMA's swizzled tiles divide.
+_SLOT_ALIGNMENT = 8
+# What is read without TMA has offsets of 32 bits.
+_MAX_BYTES = 1 << 31
+
+
+def rotate_and_fill(
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B T H D"],
+    v: Float[Array, "B T H Dv"],
+    cache_k: KeysOrValues,
+    cache_v: KeysOrValues,
+    layer: Int[Array, ""] | int,
+    rotation: tuple[Float32[Array, "B T pairs"], Float32[Array, "B T pairs"]] | None = None,
+    units: Float32[Array, "3"] | None = None,
+) -> tuple[tuple[Array, Array, Array], KeysOrValues, KeysOrValues]:
+    """Prompts as attention takes them, and a cache with their keys and values.
+
+    Queries and keys are rotated, as in `append_and_attend`. Keys, rotated, and values go to the
+    first T slots of one layer of the cache; into an FP8 cache quantized. Donate the caches to a
+    jitted caller: then they are written in place. On Hopper, all that is one kernel.
+
+    Args:
+      q: queries, floating.
+      k: keys, likewise.
+      v: values, likewise.
+      cache_k: all layers, T slots at least.
+      cache_v: likewise.
+      layer: which of the L, possibly traced.
+      rotation: cosines and sines of the angles of each token; None rotates nothing.
+      units: of `fp8_units`; None leaves the dtype.
+
+    Returns:
+      Queries, keys and values, `in_units` if units are given; both caches.
+    """
+    try:
+        return _kernel(q, k, v, cache_k, cache_v, layer, rotation, units)
+    except NotImplementedError as reason:
+        _logger.debug("prompts are rotated and cached through XLA: %s", reason)
+    if rotation is not None:
+        q, k = (rotate_halves(x, *rotation) for x in (q, k))
+    cache_k, cache_v = (
+        fill(cache, x.swapaxes(1, 2), layer) for cache, x in ((cache_k, k), (cache_v, v))
+    )
+    qkv = (q, k, v) if units is None else in_units((q, k, v), units)
+    return qkv, cache_k, cache_v
+
+
+def _kernel(
+    q: Array,
+    k: Array,
+    v: Array,
+    cache_k: KeysOrValues,
+    cache_v: KeysOrValues,
+    layer: Any,
+    rotation: tuple[Array, Array] | None,
+    units: Array | None,
+) -> Any:
+    """One pass over queries, keys and values.
+
+    Raises:
+      NotImplementedError: the device or the operands are not what the kernel takes; says why.
+    """
+    multiprocessors(q, "prompts")
+    B, T, Hq, D = q.shape
+    if rotation is None:
+        _refuse("nothing is rotated", "what is rotated by halves of all dims")
+    for name, x in (("q", q), ("k", k), ("v", v), ("the cache", cache_k)):
+        if x.dtype != jnp.bfloat16 and not isinstance(x, QuantizedArray):
+            _refuse(f"{name} is {x.dtype}", "bfloat16")
+    if D not in _HEAD_DIMS or v.shape[3] != D:
+        _refuse(f"D is {D} and {v.shape[3]}", f"the same for all, of {_HEAD_DIMS}")
+    if T % PAGE or q.size == 0:
+        _refuse(f"q is {list(q.shape)}", f"multiples of {PAGE} tokens")
+    if 2 * B * T * (Hq + 2 * k.shape[2]) * D >= _MAX_BYTES:
+        _refuse(f"q is {list(q.shape)}", f"less than {_MAX_BYTES} bytes in all")
+    S = cache_shape(cache_k)[3]
+    if T > S or S % _SLOT_ALIGNMENT:
+        _refuse(f"S is {S}", f"multiples of {_SLOT_ALIGNMENT}, for all {T} tokens")
+    if jax.device_count() > 1:  # it would have all of the cache on each
+        _refuse(f"there are {jax.device_count()} devices", "one")
+    # Where these are slices of one product, side by side, XLA takes the product itself.
+    qkv = jnp.concatenate([x.reshape(B, T, -1) for x in (q, k, v)], axis=-1).reshape(B, T, -1, D)
+    layer = jnp.asarray(layer, jnp.int32).reshape(1)
+    inverses = None if units is None else 1 / units
+    return _run(qkv, cache_k, cache_v, layer, rotation, inverses)
+
+
+def _refuse(what: str, allowed: str) -> None:
+    raise NotImplementedError(f"mosaic_gpu: {what}; the kernel takes {allowed}")
+
+
+# One after the other under `jax.vmap`; compiled once a shape, also where the caller does not jit.
+@sequential_vmap
+@jax.jit
+def _run(
+    qkv: Array,
+    k: KeysOrValues,
+    v: KeysOrValues,
+    layer: Array,
+    rotation: tuple[Array, Array],
+    inverses: Array | None,
+) -> Any:
+    # Imported here: Mosaic GPU is there only where jaxlib was built with it.
+    from jaxquant.attention import prefill_sm90
+
+    return prefill_sm90.rotate_and_fill(qkv, k, v, layer, rotation, inverses)
