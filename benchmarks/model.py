@@ -3,11 +3,11 @@
     python benchmarks/model.py [--rows fp8 torch] [--shape 8b] [--batch 1 16 64] [--context 1024]
                                [--save NAME]
 
-Timed are the functions that generation runs: the prefill of a prompt, and steps of the decode
-loop on the device (attention over the cache and the LM head included; greedy). FP8 runs with one
-stack of layers, and the LM head and the cache in BF16 or, in rows of their own, in FP8. BF16 runs
-with one stack per layer, since XLA copies the slice of a stack in front of a dot, and, to show
-that, with one.
+Timed are the functions that generation runs: the prefill of a prompt, and steps of the decode loop
+on the device (attention over the cache and the LM head included; greedy). FP8 runs with one stack
+of layers, and the LM head, the cache and the attention of prompts in BF16 or, in rows of their own,
+in FP8. BF16 runs with one stack per layer, since XLA copies the slice of a stack in front of a dot,
+and, to show that, with one.
 transformers runs the same model where it and PyTorch with CUDA are installed: SDPA attention, a
 static cache of as many slots, decode steps as one CUDA graph or as `torch.compile` makes them.
 
@@ -55,6 +55,7 @@ ROWS = {
     "fp8": "FP8 W8A8",
     "fp8-head": "FP8 W8A8, head too",
     "fp8-cache": "FP8 W8A8, head and cache too",
+    "fp8-attention": "FP8 W8A8, head, cache and attention of prompts too",
     "torch": "transformers, BF16",
     "torch-compile": "transformers, BF16, compiled",
     "bf16": "BF16",
@@ -131,7 +132,8 @@ def _random_stack(keys: Array, shape: tuple[int, ...], config: jq.QuantConfig | 
 def start_jaxquant(row: str, shape: str, context: int) -> tuple[Start, Start, str]:
     config = jq.QuantConfig(quantize_head=row != "fp8") if "fp8" in row else None
     model = build(shape, config, stacked=row != "bf16")
-    cache_dtype = "float8_e4m3fn" if row == "fp8-cache" else None
+    cache_dtype = "float8_e4m3fn" if row in ("fp8-cache", "fp8-attention") else None
+    attention_dtype = "float8_e4m3fn" if row == "fp8-attention" else None
 
     def decode(B: int) -> Callable[[int], None]:
         knobs = generation._Knobs.of(generation.Sampling())
@@ -156,7 +158,8 @@ def start_jaxquant(row: str, shape: str, context: int) -> tuple[Start, Start, st
         def run() -> None:
             cache = model.empty_cache(1, T, cache_dtype)
             lengths, done = np.full(1, T, np.int32), np.zeros(1, bool)
-            jax.block_until_ready(generation._prefill(model, tokens, lengths, done, cache).logits)
+            state = generation._prefill(model, tokens, lengths, done, cache, attention_dtype)
+            jax.block_until_ready(state.logits)
 
         return run
 

@@ -86,12 +86,14 @@ def bench(
     new_tokens: int = 64,
     tune: bool = False,
     cache_dtype: str | None = None,
+    attention_dtype: str | None = None,
 ) -> Bench:
     """Times a checkpoint as it is and as FP8, unless it is FP8 already and no config is given.
 
     With `tune`, the kernel configs of the model's products are measured first and the fastest
     go to the user's table; see `jaxquant.matmul.tuning`. With `cache_dtype`, "float8_e4m3fn", the
-    FP8 model is timed once more, with keys and values in FP8 too.
+    FP8 model is timed once more, with keys and values in FP8 too; with `attention_dtype`, likewise,
+    and it has prompts attend in FP8.
 
     Raises:
       JaxquantError: sizes that do not fit the model's context, or are not positive.
@@ -110,11 +112,14 @@ def bench(
             for M in (batch, batch * bucket(prompt_tokens)):
                 for weight_only, shapes in _products(model.module, M).items():
                     tuning.tune(shapes, weight_only=weight_only)
-        caches = (None, cache_dtype) if model.quant_config and cache_dtype else (None,)
-        for cache in caches:
-            name = kind(model) if cache is None else f"{kind(model)}, FP8 cache"
+        runs: list[tuple[str, str | None, str | None]] = [(kind(model), None, None)]
+        if model.quant_config and cache_dtype:
+            runs.append((f"{runs[-1][0]}, FP8 cache", cache_dtype, None))
+        if model.quant_config and attention_dtype:
+            runs.append((f"{runs[-1][0]}, FP8 attention", cache_dtype, attention_dtype))
+        for name, *dtypes in runs:
             sizes = batch, prompt_tokens, new_tokens
-            timings.append(_time(name, model, seconds, *sizes, cache))
+            timings.append(_time(name, model, seconds, *sizes, *dtypes))
         if model.quant_config and config is None:
             break
     device = jax.devices()[0]
@@ -142,6 +147,7 @@ def _time(
     T: int,
     new: int,
     cache_dtype: str | None,
+    attention_dtype: str | None,
 ) -> Timing:
     cfg = model.module.cfg
     if T + new > cfg.max_position:
@@ -150,9 +156,11 @@ def _time(
         )
     prompts = np.random.default_rng(0).integers(0, cfg.vocab_size, (B, T)).tolist()
 
+    options: Any = {"cache_dtype": cache_dtype, "attention_dtype": attention_dtype}
+
     def run(n: int) -> float:
         start = time.perf_counter()
-        model.generate(prompts, max_new_tokens=n, stop_tokens=(), cache_dtype=cache_dtype)
+        model.generate(prompts, max_new_tokens=n, stop_tokens=(), **options)
         return time.perf_counter() - start
 
     def median(n: int) -> float:

@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--cache-dtype", choices=("float8_e4m3fn",),
                           help="of keys and values (default: that of --dtype)")  # fmt: skip
+    _add_attention(generate, "has the prompt attend in FP8")
     generate.add_argument("--stop", action="append", default=[], help="may be given repeatedly")
     _add_json(generate)
 
@@ -121,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--against", metavar="DIR", help="the BF16 checkpoint, if DIR is FP8 already"
     )
+    _add_attention(evaluate, "score FP8 once more, attending in FP8 too")
     _add_config(evaluate)
     _add_dtype(evaluate)
     _add_json(evaluate)
@@ -135,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
                        "keep the fastest in your table of configs")  # fmt: skip
     bench.add_argument("--cache-dtype", choices=("float8_e4m3fn",),
                        help="time FP8 once more, with keys and values in FP8 too")  # fmt: skip
+    _add_attention(bench, "time FP8 once more, with prompts that attend in FP8 too")
     _add_config(bench)
     _add_json(bench)
     return parser
@@ -157,6 +160,10 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", action="append", default=[], metavar="MODULE",
                         help="a module path that stays as it is; may be repeated")  # fmt: skip
     parser.add_argument("--head", action="store_true", help="quantize the output head too")
+
+
+def _add_attention(parser: argparse.ArgumentParser, about: str) -> None:
+    parser.add_argument("--attention-dtype", choices=("float8_e4m3fn",), help=about)
 
 
 def _add_load(parser: argparse.ArgumentParser) -> None:
@@ -281,6 +288,7 @@ def _generate(args: argparse.Namespace) -> None:
             "seed",
             "stop",
             "cache_dtype",
+            "attention_dtype",
         )
     }
     if args.json:
@@ -307,6 +315,7 @@ def _eval(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         window=args.window,
         count=args.windows,
+        attention_dtype=args.attention_dtype,
     )
     _show(result, args)
 
@@ -322,5 +331,6 @@ def _bench(args: argparse.Namespace) -> None:
         new_tokens=args.new_tokens,
         tune=args.tune,
         cache_dtype=args.cache_dtype,
+        attention_dtype=args.attention_dtype,
     )
     _show(result, args)

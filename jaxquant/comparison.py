@@ -75,6 +75,7 @@ def compare(
     dtype: Any = jnp.bfloat16,
     window: int = 1024,
     count: int | None = None,
+    attention_dtype: str | None = None,
 ) -> Comparison:
     """Loads a checkpoint as it is and as FP8, and scores both on a text.
 
@@ -86,6 +87,7 @@ def compare(
       dtype: of activations.
       window: tokens read at once.
       count: how many windows; default all of the text.
+      attention_dtype: "float8_e4m3fn" scores the last model once more, attending in FP8.
 
     Raises:
       JaxquantError: the text is too short.
@@ -96,12 +98,16 @@ def compare(
     tokens = windows(tokens, window, count)
     reference, seconds = timed_load(against or path, None, dtype)
     rows = [Row(kind(reference), reference.nbytes, seconds, evaluate(reference, tokens))]
+    model = reference
     source = path / CONFIG_NAME
     stored = stored_quantization(read_json_object(source), str(source))
     if config or against or not stored:
         model, seconds = timed_load(path, config or (None if stored else QuantConfig()), dtype)
         scores = evaluate(model, tokens, reference)
         rows.append(Row(kind(model), model.nbytes, seconds, scores))
+    if attention_dtype:
+        scores = evaluate(model, tokens, reference, attention_dtype)
+        rows.append(Row(f"{kind(model)}, FP8 attention", model.nbytes, seconds, scores))
     return Comparison(tuple(rows))
 
 

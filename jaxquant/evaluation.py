@@ -1,6 +1,7 @@
 """Perplexity of a model on a text, and its KL divergence from another model."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxquant.errors import JaxquantError
+from jaxquant.generation import ATTENTION_DTYPES, check_dtype
 from jaxquant.language_model import LanguageModel
 
 
@@ -56,6 +58,7 @@ def evaluate(
     model: LanguageModel,
     tokens: Int[np.ndarray, "count size"],
     reference: LanguageModel | None = None,
+    attention_dtype: str | None = None,
 ) -> Evaluation:
     """Scores a model on windows of tokens, one window at a time.
 
@@ -63,11 +66,14 @@ def evaluate(
       model: the model.
       tokens: from `windows`.
       reference: what to compare with, usually the model that is not quantized.
+      attention_dtype: what the model attends in: None, its dtype, or "float8_e4m3fn"; see
+        `jaxquant.attention.fp8`.
 
     Raises:
       JaxquantError: windows longer than a model's context, token ids outside its vocabulary, or
-        models of different vocabularies.
+        models of different vocabularies; another attention_dtype.
     """
+    check_dtype("attention_dtype", attention_dtype, ATTENTION_DTYPES)
     _check(model, tokens)
     if reference is not None:
         _check(reference, tokens)
@@ -79,7 +85,8 @@ def evaluate(
             )
     totals = np.zeros(3)
     for window in tokens:
-        scores = _score(model.module, reference and reference.module, window[None])
+        modules = model.module, reference and reference.module
+        scores = _score(*modules, window[None], attention_dtype)
         totals += np.asarray(jax.device_get(scores), np.float64)
     n = tokens.shape[0] * (tokens.shape[1] - 1)
     nll, kl, agreement = totals / n
@@ -101,10 +108,12 @@ def _check(model: LanguageModel, tokens: np.ndarray) -> None:
         )
 
 
-@jax.jit
-def _score(module: Any, reference: Any, tokens: Array) -> tuple[Array, Array, Array]:
+@functools.partial(jax.jit, static_argnames="attention_dtype")
+def _score(
+    module: Any, reference: Any, tokens: Array, attention_dtype: str | None
+) -> tuple[Array, Array, Array]:
     """Sums over a window: negative log likelihood, KL divergence, equal most likely tokens."""
-    logits = module(tokens)[:, :-1]
+    logits = module(tokens, attention_dtype)[:, :-1]
     logp = jax.nn.log_softmax(logits)
     nll = -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1).sum()
     if reference is None:

@@ -64,6 +64,7 @@ class LanguageModel:
         max_new_tokens: int = 256,
         stop_tokens: Sequence[int] | None = None,
         cache_dtype: str | None = None,
+        attention_dtype: str | None = None,
         **sampling: Any,
     ) -> list[list[int]]:
         """Continues prompts.
@@ -73,6 +74,7 @@ class LanguageModel:
           max_new_tokens: per prompt, at most.
           stop_tokens: ids that end a sequence; default the checkpoint's end-of-sequence tokens.
           cache_dtype: "float8_e4m3fn" keeps keys and values in FP8; default the model's dtype.
+          attention_dtype: "float8_e4m3fn" has prompts attend in FP8; default the model's dtype.
           **sampling: `temperature` (0, the default, is greedy), `top_k`, `top_p`, `min_p`,
             `repetition_penalty`, `seed`; see `jaxquant.generation.Sampling`.
 
@@ -89,6 +91,7 @@ class LanguageModel:
             max_new_tokens=max_new_tokens,
             stop_tokens=self.stop_tokens if stop_tokens is None else stop_tokens,
             cache_dtype=cache_dtype,
+            attention_dtype=attention_dtype,
         )
 
     @property

@@ -62,9 +62,9 @@ class Pipeline:
             sequence of strings and conversations.
           **options: `max_new_tokens` (256), `stop` (strings that end the text), `stop_tokens`
             (ids; default the checkpoint's), `cache_dtype` ("float8_e4m3fn" keeps keys and values in
-            FP8; default the model's dtype), and what `jaxquant.generation.Sampling` takes:
-            `temperature` (0, the default, is greedy), `top_k`, `top_p`, `min_p`,
-            `repetition_penalty`, `seed`.
+            FP8; default the model's dtype), `attention_dtype` (likewise, of prompts' attention),
+            and what `jaxquant.generation.Sampling` takes: `temperature` (0, the default, is
+            greedy), `top_k`, `top_p`, `min_p`, `repetition_penalty`, `seed`.
 
         Returns:
           A Response for a string or a conversation, else a list of them.
@@ -111,6 +111,7 @@ class _Run:
         stop: str | Sequence[str] = (),
         stop_tokens: Sequence[int] | None = None,
         cache_dtype: str | None = None,
+        attention_dtype: str | None = None,
         **sampling: Any,
     ):
         model, tokenizer = pipe.model, pipe.tokenizer
@@ -133,6 +134,7 @@ class _Run:
             stop_tokens=sorted(self.stop_tokens),
             chunk=chunk,
             cache_dtype=cache_dtype,
+            attention_dtype=attention_dtype,
         )
 
     def __iter__(self) -> Iterator[list[str]]:
@@ -205,6 +207,7 @@ def _known(sampling: dict[str, Any]) -> dict[str, Any]:
     allowed = [field.name for field in dataclasses.fields(Sampling)]
     for name in sampling:
         if name not in allowed:
-            known = ", ".join(["max_new_tokens", "stop", "stop_tokens", "cache_dtype", *allowed])
+            dtypes = "cache_dtype", "attention_dtype"
+            known = ", ".join(["max_new_tokens", "stop", "stop_tokens", *dtypes, *allowed])
             raise JaxquantError(f"no such option: {name}; allowed: {known}")
     return sampling

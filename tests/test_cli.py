@@ -267,10 +267,11 @@ class TestGenerate:
         assert online == run("generate", fp8, *argv)
         assert online != run("generate", source, *argv, "--fp8", *BLOCKS, "--fmt", "e5m2")
 
-    def test_an_fp8_cache(self, run, source):
+    @pytest.mark.parametrize("option", ["cache_dtype", "attention_dtype"])
+    def test_a_cache_and_attention_in_fp8(self, run, source, option):
         argv = ("generate", source, "Hello", "--max-new-tokens", "12", "--json")
-        response = json.loads(run(*argv, "--cache-dtype", "float8_e4m3fn"))
-        expected = jq.pipeline(source)("Hello", max_new_tokens=12, cache_dtype="float8_e4m3fn")
+        response = json.loads(run(*argv, f"--{option.replace('_', '-')}", "float8_e4m3fn"))
+        expected = jq.pipeline(source)("Hello", max_new_tokens=12, **{option: "float8_e4m3fn"})
         assert response["token_ids"] == expected.token_ids
 
     def test_chat_template_and_plain(self, run, tmp_path):

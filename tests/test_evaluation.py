@@ -142,6 +142,23 @@ class TestCompare:
         assert f"{result.rows[1].evaluation.kl:.4f}" in table
         assert "38 tokens predicted" in table
 
+    def test_attention_in_fp8_is_a_row_of_its_own(self, model, fp8):
+        dtype = "float8_e4m3fn"
+        _, result = self.run(builders.tiny_checkpoint(), CONFIG, attention_dtype=dtype)
+        assert [row.name for row in result.rows[1:]] == ["FP8 W8A8", "FP8 W8A8, FP8 attention"]
+        expected = evaluate(fp8, windows(_encode(TEXT), 20, 2), model, dtype)
+        assert result.rows[2].evaluation == expected
+        assert expected != result.rows[1].evaluation
+
+    def test_an_fp8_checkpoint_that_attends_in_fp8_is_compared_with_itself(self, fp8_checkpoint):
+        rows, _ = self.run(fp8_checkpoint, attention_dtype="float8_e4m3fn")
+        assert [name for name, _ in rows] == ["FP8 W8A8", "FP8 W8A8, FP8 attention"]
+        assert rows[1][1] != pytest.approx(0, abs=1e-6)
+
+    def test_another_dtype_of_attention_is_refused(self):
+        with pytest.raises(JaxquantError, match="attention_dtype is 'fp8'; allowed: float8_e4m3fn"):
+            self.run(builders.tiny_checkpoint(), CONFIG, attention_dtype="fp8")
+
     def test_an_fp8_checkpoint_alone(self, fp8_checkpoint):
         rows, _ = self.run(fp8_checkpoint)
         assert rows == [("FP8 W8A8", None)]

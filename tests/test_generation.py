@@ -326,12 +326,29 @@ def test_an_fp8_cache(model, monkeypatch):
     assert (new[0], len(new)) == (expected[0][0], 8)  # the first is of the prefill
 
 
+def test_a_prompt_attends_in_fp8(model, monkeypatch):
+    dtypes = []
+    prefill = generation._prefill
+
+    def spy(*args):
+        dtypes.append(args[-1])
+        return prefill(*args)
+
+    monkeypatch.setattr(generation, "_prefill", spy)
+    options = {"max_new_tokens": 3, "stop_tokens": ()}
+    for dtype in (None, "float8_e4m3fn"):
+        (new,) = model.generate([PROMPT], **options, attention_dtype=dtype)
+        assert len(new) == 3
+    assert dtypes == [None, "float8_e4m3fn"]
+
+
+@pytest.mark.parametrize("option", ["cache_dtype", "attention_dtype"])
 @pytest.mark.parametrize("value", ["fp8", "float8_e5m2", "bfloat16"])
-def test_other_dtypes_of_a_cache_are_refused(model, value):
+def test_other_dtypes_are_refused(model, option, value):
     with pytest.raises(JaxquantError) as caught:
-        model.generate([PROMPT], cache_dtype=value)
+        model.generate([PROMPT], **{option: value})
     assert str(caught.value) == (
-        f"cache_dtype is {value!r}; allowed: float8_e4m3fn, or None for the model's"
+        f"{option} is {value!r}; allowed: float8_e4m3fn, or None for the model's"
     )
 
 

@@ -179,8 +179,9 @@ def test_each_row_stops_for_itself(pipe, monkeypatch):
     assert (c.text, c.finish_reason) == ("fourfour", "length")
 
 
-def test_an_fp8_cache(pipe):
-    options = {**OPTIONS, "cache_dtype": "float8_e4m3fn"}
+@pytest.mark.parametrize("option", ["cache_dtype", "attention_dtype"])
+def test_a_cache_and_attention_in_fp8(pipe, option):
+    options = {**OPTIONS, option: "float8_e4m3fn"}
     (expected,) = pipe.model.generate([pipe.tokenizer.encode("Hello")], **options)
     assert pipe("Hello", **options).token_ids == expected
 
