@@ -16,9 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
+from jaxquant.blocked import ACTIVATION_GROUP
 from jaxquant.errors import JaxquantError
 from jaxquant.hopper import interpreted
 from jaxquant.matmul import gemm_wgmma_sm90 as tensor_cores, tuning
+from jaxquant.matmul.act_quant_sm90 import quantize_groups, silu_mul
 from jaxquant.matmul.sm90 import (
     FP8,
     K_BLOCK,
@@ -46,7 +48,7 @@ _MAX_STAGES = 8
 # A ring has to be this deep before results take more room than one wave of them needs.
 _MIN_STAGES = 3
 # The columns that tiles may have, by rows: what a thread's registers hold.
-TILES = {64: (128,), 128: (64, 96, 112, 128, 144, 160, 192), 192: (128,), 256: (96, 112, 128)}
+TILES = {64: (128,), 128: (64, 96, 112, 128, 144, 160, 192, 256), 192: (128,), 256: (96, 112, 128)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Config:
 
     Attributes:
       tile_m: tokens of a tile, and so who works on it: at 64 two consumers, half of the columns
-        each; at 128 two and at 192 three, 64 rows each; at 256 two, 64 rows twice (two waves).
+        each; at 128 two and at 192 three, 64 rows each; at 256 two, 64 rows twice (two waves). At
+        128x256 the waves are the halves of the columns.
       cluster: whether two neighbours share the copies of what their tiles have in common
         (multicast): the weight along M, or the tokens along N where a tile has more rows.
       tile_n: columns of a tile, see `TILES`. They may lie in two rows of the weight's scales.
@@ -81,12 +84,12 @@ class Config:
     @property
     def waves(self) -> int:
         """How many times 64 rows a consumer makes of a tile."""
-        return cdiv(self.tile_m, 64 * self.consumers)
+        return 2 if max(self.tile_m, self.tile_n) == 256 else 1
 
     @property
     def cols(self) -> int:
-        """Columns that a consumer makes of a tile."""
-        return self.tile_n if self.tile_m > 64 else self.tile_n // self.consumers
+        """Columns that a consumer makes of a tile at once."""
+        return self.tile_n // 2 if self.tile_m == 64 or self.tile_n == 256 else self.tile_n
 
     @property
     def cluster_shape(self) -> tuple[int, int]:
@@ -94,6 +97,10 @@ class Config:
         if not self.cluster:
             return 1, 1
         return (1, 2) if self.tile_m > self.tile_n else (2, 1)
+
+
+# The tile of a product that SiLU gates: half of it is gate, and half what that is multiplied with.
+GATED = Config(128, True, 256)
 
 
 def default_config(M: int, N: int, K: int, sms: int) -> Config:
@@ -170,10 +177,11 @@ def gemm(
     layer: Int32[Array, "1"],
     residual: Float[Array, "M N"] | None = None,
     *,
+    gated: bool = False,
     out_dtype: Any,
     config: Config,
     sms: int,
-) -> Float[Array, "M N"]:
+) -> Float[Array, "M N"] | tuple[Float[Array, "M N//2"], Float32[Array, "N//256 S"]]:
     """`y[m, n] = sum_kb (xq[m, kb] . wq[layer, n, kb]) * sx[kb, m] * sw[layer, n // 128, kb]`.
 
     With a residual `y + residual`, y rounded first: `jaxquant.matmul.xla.finish`.
@@ -198,26 +206,34 @@ def gemm(
     steps, scale_rows = cdiv(K, K_BLOCK), cdiv(N, SCALE_ROWS)
     tile_m, tile_n, consumers = config.tile_m, config.tile_n, config.consumers
     along_m, along_n = config.cluster_shape
-    m_tiles, n_tiles = cdiv(M, tile_m * along_m), cdiv(N, tile_n * along_n)
+    # Where the rows of the weight that a tile needs begin, from its first column on.
+    parts = (0, N // 2) if gated else (0,)
+    part_rows = tile_n // len(parts)
+    m_tiles, n_tiles = cdiv(M, tile_m * along_m), cdiv(N // len(parts), part_rows * along_n)
     tiles, blocks = m_tiles * n_tiles, sms // (along_m * along_n)
     # What one consumer makes of a tile: 64 rows at a time, in segments that share a scale.
     waves, cols = config.waves, config.cols
     segment = math.gcd(tile_n, SCALE_ROWS) if SCALE_ROWS % tile_n else cols
     segments = cols // segment
+    by_columns = tile_n == 256
     # With registers for the sums of two K blocks, one is promoted in the shadow of the other. It
     # takes a ring of three slots, which all tiles so small have, or of as many as there are blocks.
     in_pairs = waves == 1 and consumers == 2 and cols <= 128
 
-    slot_bytes, result_bytes = _slot_bytes(config), _result_bytes(config, out_dtype)
     # With room for all of a tile its stores go on under the next tile's products, and the copy
     # of its residual under its own.
     results = waves if _holds_tile(config, out_dtype) else 1
-    stages = ring_stages(slot_bytes, results * result_bytes, steps, _MAX_STAGES)
+    result_bytes = results * _result_bytes(config, out_dtype)
+    if gated:
+        result_bytes = tile_m * (ACTIVATION_GROUP + 4)
+    stages = ring_stages(_slot_bytes(config), result_bytes, steps, _MAX_STAGES)
 
     residuals = [] if residual is None else [residual]
 
     def kernel(x_gmem, sx_gmem, w_gmem, sw_gmem, layer_gmem, *refs):
-        *residual_gmem, y_gmem, x_smem, w_smem, sx_smem, y_smem, full, empty, landed = refs
+        residual_gmem, refs = refs[: len(residuals)], refs[len(residuals) :]
+        y_gmem, refs = refs[: len(y_types)], refs[len(y_types) :]
+        x_smem, w_smem, sx_smem, *y_smem, full, empty, landed = refs
         warpgroup = lax.axis_index("warpgroup")
         l = in_stack(layer_gmem[0], wq.shape[0])
 
@@ -228,7 +244,7 @@ def gemm(
                 mi = mi * along_m + lax.axis_index("cluster")
             if along_n > 1:
                 ni = ni * along_n + lax.axis_index("cluster")
-            return mi * tile_m, ni * tile_n
+            return mi * tile_m, ni * part_rows
 
         @pl.when(warpgroup == consumers)
         def _producer():
@@ -239,14 +255,20 @@ def gemm(
             def copy(tile, step, slot):
                 m0, n0 = origin(tile)
                 tokens, block = pl.ds(m0, tile_m), pl.ds(step * K_BLOCK, K_BLOCK)
-                for source, target, shared in (
-                    (x_gmem.at[tokens, block], x_smem, shared_x),
-                    (w_gmem.at[l, pl.ds(n0, tile_n), block], w_smem, shared_w),
-                    (sx_gmem.at[step, tokens], sx_smem, shared_x),
-                ):
-                    plgpu.copy_gmem_to_smem(
-                        source, target.at[slot], full.at[slot], collective_axes=shared
+                weights = [
+                    (
+                        w_gmem.at[l, pl.ds(n0 + part, part_rows), block],
+                        w_smem.at[slot, pl.ds(i * part_rows, part_rows)],
+                        shared_w,
                     )
+                    for i, part in enumerate(parts)
+                ]
+                for source, target, shared in (
+                    (x_gmem.at[tokens, block], x_smem.at[slot], shared_x),
+                    *weights,
+                    (sx_gmem.at[step, tokens], sx_smem.at[slot], shared_x),
+                ):
+                    plgpu.copy_gmem_to_smem(source, target, full.at[slot], collective_axes=shared)
 
             # By one warp: four would take issue slots from the promotions.
             @plgpu.warp_map
@@ -258,30 +280,39 @@ def gemm(
         @pl.when(warpgroup < consumers)
         def _consumer():
             consumer_registers(consumers)
-            n_offset = warpgroup * cols if tile_m == 64 else 0
 
-            def wave_rows(wave):
-                """Where the 64 rows of a wave are in the tile."""
-                return (wave * consumers + warpgroup) * 64 if tile_m > 64 else 0
+            def rows_of(wave):
+                """Where the 64 rows of a wave begin in the tile."""
+                if tile_m == 64:
+                    return 0
+                return (warpgroup if by_columns else wave * consumers + warpgroup) * 64
+
+            def columns_of(wave):
+                """Likewise its columns."""
+                if tile_m == 64:
+                    return warpgroup * cols
+                return wave * cols if by_columns else 0
 
             def load_scales(n0, step):
-                """The weight's scales in the one or two of its rows that a tile may meet."""
+                """The weight's scales in the one or two of its rows that a tile meets."""
 
                 def load(row):
                     row = jnp.minimum(row, scale_rows - 1)
                     return sw_gmem[l, row, jnp.minimum(step, steps - 1)]
 
                 row = lax.div(n0, SCALE_ROWS)
-                return (load(row),) if segments == 1 else (load(row), load(row + 1))
+                if segments == 1 and not by_columns:
+                    return (load(row),)
+                return load(row), load(row + (parts[-1] // SCALE_ROWS if gated else 1))
 
             def copy_residual(m0, n0):
                 """Puts a tile's residual where its results will be, once those before left."""
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 for wave in range(waves):
-                    rows = pl.ds(m0 + wave_rows(wave), 64)
+                    rows = pl.ds(m0 + rows_of(wave), 64)
                     plgpu.copy_gmem_to_smem(
-                        residual_gmem[0].at[rows, pl.ds(n0 + n_offset, cols)],
-                        y_smem.at[warpgroup, wave],
+                        residual_gmem[0].at[rows, pl.ds(n0 + columns_of(wave), cols)],
+                        y_smem[0].at[warpgroup, wave],
                         landed.at[warpgroup],
                     )
 
@@ -292,7 +323,7 @@ def gemm(
 
                 def start(slot, wave, block):
                     """Starts a product, and loads its tokens' scales meanwhile."""
-                    rows, columns = pl.ds(wave_rows(wave), 64), pl.ds(n_offset, cols)
+                    rows, columns = pl.ds(rows_of(wave), 64), pl.ds(columns_of(wave), cols)
                     block = tensor_cores.start(x_smem, w_smem, slot, rows, columns, block, K)
                     layout = plgpu.Layout.WGMMA.reduce(1)
                     return block, plgpu.load(sx_smem.at[slot, rows], layout=layout)
@@ -336,7 +367,8 @@ def gemm(
                         block = tensor_cores.wait(block, K)
                         if wave == waves - 1:
                             plgpu.barrier_arrive(empty.at[slot])
-                        sums.append(promote(totals[wave], block, x_scale, scales))
+                        wave_scales = scales[wave : wave + 1] if by_columns else scales
+                        sums.append(promote(totals[wave], block, x_scale, wave_scales))
                     return slot_next, scales_next, block, tuple(sums)
 
                 def add_two_blocks(i, carry):
@@ -386,17 +418,32 @@ def gemm(
                             y = lax.concatenate([y, *others], 1)
                         y = y.astype(out_dtype)
                         if residuals:
-                            at = y_smem.at[warpgroup, i]
+                            at = y_smem[0].at[warpgroup, i]
                             added = plgpu.load(at, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
                             y = (y.astype(jnp.float32) + added).astype(out_dtype)
-                        y_smem[warpgroup, i] = y
+                        y_smem[0][warpgroup, i] = y
                     plgpu.commit_smem()
                     for i in range(results):
-                        rows = pl.ds(m0 + wave_rows(first + i), 64)
+                        rows = pl.ds(m0 + rows_of(first + i), 64)
                         plgpu.copy_smem_to_gmem(
-                            y_smem.at[warpgroup, i],
-                            y_gmem.at[rows, pl.ds(n0 + n_offset, cols)],
+                            y_smem[0].at[warpgroup, i],
+                            y_gmem[0].at[rows, pl.ds(n0 + columns_of(first + i), cols)],
                         )
+
+            def gated_epilogue(totals, m0, n0):
+                """What the product is gated to, quantized: a consumer has whole groups."""
+                gate, up = (t.astype(out_dtype).astype(jnp.float32) for (t,) in totals)
+                h = silu_mul(gate, up, out_dtype, plgpu.Layout.WGMMA).astype(jnp.float32)
+                qvalue, scale = quantize_groups(h, plgpu.Layout.WGMMA)
+                q_smem, s_smem = (ref.at[warpgroup] for ref in y_smem)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                q_smem[...] = qvalue.astype(FP8)
+                s_smem[...] = scale
+                plgpu.commit_smem()
+                tokens = pl.ds(m0 + rows_of(0), 64)
+                q_gmem, s_gmem = y_gmem
+                plgpu.copy_smem_to_gmem(q_smem, q_gmem.at[tokens, pl.ds(n0, ACTIVATION_GROUP)])
+                plgpu.copy_smem_to_gmem(s_smem, s_gmem.at[lax.div(n0, ACTIVATION_GROUP), tokens])
 
             def do_tile(tile, carry):
                 slot, scales = carry
@@ -405,7 +452,7 @@ def gemm(
                 # Those of the next tile arrive while this one is stored.
                 _, n0_next = origin(jnp.minimum(tile + blocks, tiles - 1))
                 scales = load_scales(n0_next, 0)
-                epilogue(totals, m0, n0)
+                (gated_epilogue if gated else epilogue)(totals, m0, n0)
                 return slot, scales
 
             _, n0 = origin(jnp.minimum(lax.axis_index("sm"), tiles - 1))
@@ -420,16 +467,29 @@ def gemm(
     else:
         cluster = {}
         empty = plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
-    y_tiling = swizzled(math.gcd(cols, N_out), out_dtype)
+    if gated:
+        F = N // 2
+        y_types = (
+            jax.ShapeDtypeStruct((M, F), FP8),
+            jax.ShapeDtypeStruct((F // ACTIVATION_GROUP, sx.shape[1]), jnp.float32),
+        )
+        y_scratch = [
+            plgpu.SMEM((consumers, 64, ACTIVATION_GROUP), FP8, transforms=swizzled(F, FP8)),
+            plgpu.SMEM((consumers, 64), jnp.float32),
+        ]
+    else:
+        y_types = (jax.ShapeDtypeStruct((M, N_out), out_dtype),)
+        y_tiling = swizzled(math.gcd(cols, N_out), out_dtype)
+        y_scratch = [plgpu.SMEM((consumers, results, 64, cols), out_dtype, transforms=y_tiling)]
     y = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((M, N_out), out_dtype),
+        out_type=y_types,
         scratch_types=[
             plgpu.SMEM((stages, tile_m, K_BLOCK), FP8, transforms=swizzled(K, FP8)),
             plgpu.SMEM((stages, tile_n, K_BLOCK), FP8, transforms=swizzled(K, FP8)),
             plgpu.SMEM((stages, tile_m), jnp.float32),
-            plgpu.SMEM((consumers, results, 64, cols), out_dtype, transforms=y_tiling),
-            plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+            *y_scratch,
+            plgpu.Barrier(num_arrivals=2 + len(parts), num_barriers=stages),
             empty,
             plgpu.Barrier(num_arrivals=waves, num_barriers=consumers),
         ],
@@ -438,7 +498,7 @@ def gemm(
         num_threads=consumers + 1,
         thread_name="warpgroup",
         kernel_name="jaxquant_gemm_fp8",
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=gated),
         **cluster,
     )(xq, sx, wq, sw, layer, *residuals)
-    return y[:, :N]
+    return y if gated else y[0][:, :N]
