@@ -7,7 +7,8 @@ tensor cores at work, so that whatever else there is to wait for is waited for b
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jaxquant.blocked import ACTIVATION_GROUP
 from jaxquant.errors import JaxquantError
 from jaxquant.hopper import interpreted
 from jaxquant.matmul import gemm_wgmma_sm90 as tensor_cores, tuning
-from jaxquant.matmul.act_quant_sm90 import quantize_groups, silu_mul
+from jaxquant.matmul.act_quant_sm90 import GROUPS, TILE_GROUPS, quantize_groups, silu_mul
 from jaxquant.matmul.sm90 import (
     FP8,
     K_BLOCK,
@@ -29,12 +30,14 @@ from jaxquant.matmul.sm90 import (
     cdiv,
     consumer_registers,
     fill_ring,
+    finisher_registers,
     for_each_tile,
     in_stack,
     next_slot,
     producer_registers,
     ring_stages,
     round_up,
+    store,
     swizzled,
     zero_accumulator,
 )
@@ -99,16 +102,12 @@ class Config:
         return (1, 2) if self.tile_m > self.tile_n else (2, 1)
 
 
-# The tile of a product that SiLU gates: half of it is gate, and half what that is multiplied with.
-GATED = Config(128, True, 256)
-
-
 def default_config(M: int, N: int, K: int, sms: int) -> Config:
     """The tuned tile, or that with the least predicted time; `sms`: multiprocessors of the GPU."""
     tuned = tuning.lookup("gemm", M, N, K)
     if tuned is not None:
         return Config(**tuned)
-    return min(PREDICTED, key=lambda config: microseconds(config, M, N, K, sms))
+    return _fastest(PREDICTED, M, N, K, sms)
 
 
 def microseconds(config: Config, M: int, N: int, K: int, sms: int) -> float:
@@ -116,8 +115,31 @@ def microseconds(config: Config, M: int, N: int, K: int, sms: int) -> float:
     along_m, along_n = config.cluster_shape
     clusters = cdiv(M, config.tile_m * along_m) * cdiv(N, config.tile_n * along_n)
     waves = cdiv(clusters, sms // (along_m * along_n))
-    per_block, per_tile = PREDICTED[config]
+    per_block, per_tile = (PREDICTED | PREDICTED_GATED)[config]
     return waves * (cdiv(K, K_BLOCK) * per_block + per_tile)
+
+
+def gated_config(M: int, N: int, K: int, sms: int) -> Config:
+    """Likewise of a product that is gated: half of its tile's columns are gate, and half are up."""
+    return _fastest(PREDICTED_GATED, M, N, K, sms)
+
+
+def can_gate(N: int, out_dtype: Any) -> bool:
+    """Whether `gemm` can gate a product: the result is in whole groups, and SMEM has the room."""
+    return N % (2 * ACTIVATION_GROUP) == 0 and jnp.dtype(out_dtype) == jnp.bfloat16
+
+
+def gates(M: int, N: int, K: int, out_dtype: Any, sms: int) -> bool:
+    """Whether to have `gemm` gate a product: it can, and is to be faster than two kernels."""
+    gated, apart = (
+        microseconds(_fastest(configs, M, N, K, sms), M, N, K, sms)
+        for configs in (PREDICTED_GATED, PREDICTED)
+    )
+    return can_gate(N, out_dtype) and gated < apart + M * N * _GATE_APART
+
+
+def _fastest(configs: Iterable[Config], M: int, N: int, K: int, sms: int) -> Config:
+    return min(configs, key=lambda config: microseconds(config, M, N, K, sms))
 
 
 # Microseconds of a K block, and of a tile besides, with all multiprocessors of an H200 at work.
@@ -131,6 +153,9 @@ PREDICTED = {
     Config(128, False, 64): (0.255, 0.50),
     Config(64, False, 128): (0.290, 0.80),
 }
+# Likewise of products that are gated, and what it takes another kernel to gate an element of one.
+PREDICTED_GATED = {Config(128, True, 256): (0.745, 1.60), Config(128, False, 256): (0.745, 1.60)}
+_GATE_APART = 146 / (8192 * 28672)
 
 
 # 8192x4096x4096: 211 and 220 us; the product alone takes 206, and XLA's sum behind it 39 more.
@@ -169,6 +194,20 @@ def _fence() -> None:
         plgpu.commit_smem()
 
 
+@overload
+def gemm(
+    xq: Array, sx: Array, wq: Array, sw: Array, layer: Array, residual: Array | None = None, *,
+    gated: Literal[False] = False, out_dtype: Any, config: Config, sms: int,
+) -> Array: ...  # fmt: skip
+
+
+@overload
+def gemm(
+    xq: Array, sx: Array, wq: Array, sw: Array, layer: Array, *,
+    gated: Literal[True], out_dtype: Any, config: Config, sms: int,
+) -> tuple[Array, Array]: ...  # fmt: skip
+
+
 def gemm(
     xq: Float[Array, "M K"],
     sx: Float32[Array, "(K+127)//128 S"],
@@ -184,7 +223,8 @@ def gemm(
 ) -> Float[Array, "M N"] | tuple[Float[Array, "M N//2"], Float32[Array, "N//256 S"]]:
     """`y[m, n] = sum_kb (xq[m, kb] . wq[layer, n, kb]) * sx[kb, m] * sw[layer, n // 128, kb]`.
 
-    With a residual `y + residual`, y rounded first: `jaxquant.matmul.xla.finish`.
+    With a residual `y + residual`, y rounded first: `jaxquant.matmul.xla.finish`. Gated, what
+    `jaxquant.matmul.act_quant_sm90.quantize` makes of y behind SiluMul, to the byte.
 
     Args:
       xq: float8_e4m3fn; K a multiple of 32, M of 8.
@@ -192,13 +232,16 @@ def gemm(
       wq: float8_e4m3fn, read in place; N a multiple of 8.
       sw: the scales of wq.
       layer: which matrix of the stack.
-      residual: of out_dtype, see `can_add_residual`.
+      residual: of out_dtype, see `can_add_residual`; not if gated.
+      gated: whether the result is gated and quantized, see `can_gate`; the weight's rows are the
+        gate's, then those of up.
       out_dtype: bfloat16 or float32.
-      config: see `default_config`.
+      config: see `default_config`, or if gated `gated_config`.
       sms: multiprocessors of the GPU.
 
     Returns:
-      `[M, N]` of `out_dtype`.
+      `[M, N]` of `out_dtype`, or if gated float8_e4m3fn `[M, N // 2]` and float32 scales,
+      transposed, with as many columns as sx.
     """
     (M, K), N = xq.shape, wq.shape[1]
     out_dtype = jnp.dtype(out_dtype)
@@ -208,6 +251,7 @@ def gemm(
     along_m, along_n = config.cluster_shape
     # Where the rows of the weight that a tile needs begin, from its first column on.
     parts = (0, N // 2) if gated else (0,)
+    finishers = 1 if gated else 0
     part_rows = tile_n // len(parts)
     m_tiles, n_tiles = cdiv(M, tile_m * along_m), cdiv(N // len(parts), part_rows * along_n)
     tiles, blocks = m_tiles * n_tiles, sms // (along_m * along_n)
@@ -223,17 +267,15 @@ def gemm(
     # With room for all of a tile its stores go on under the next tile's products, and the copy
     # of its residual under its own.
     results = waves if _holds_tile(config, out_dtype) else 1
-    result_bytes = results * _result_bytes(config, out_dtype)
-    if gated:
-        result_bytes = tile_m * (ACTIVATION_GROUP + 4)
-    stages = ring_stages(_slot_bytes(config), result_bytes, steps, _MAX_STAGES)
+    slot_bytes, result_bytes = _slot_bytes(config), _result_bytes(config, out_dtype)
+    stages = ring_stages(slot_bytes, results * result_bytes, steps, _MAX_STAGES)
 
     residuals = [] if residual is None else [residual]
 
     def kernel(x_gmem, sx_gmem, w_gmem, sw_gmem, layer_gmem, *refs):
         residual_gmem, refs = refs[: len(residuals)], refs[len(residuals) :]
         y_gmem, refs = refs[: len(y_types)], refs[len(y_types) :]
-        x_smem, w_smem, sx_smem, *y_smem, full, empty, landed = refs
+        x_smem, w_smem, sx_smem, y_smem, full, empty, landed, made, taken = refs
         warpgroup = lax.axis_index("warpgroup")
         l = in_stack(layer_gmem[0], wq.shape[0])
 
@@ -279,7 +321,7 @@ def gemm(
 
         @pl.when(warpgroup < consumers)
         def _consumer():
-            consumer_registers(consumers)
+            consumer_registers(consumers, finishers)
 
             def rows_of(wave):
                 """Where the 64 rows of a wave begin in the tile."""
@@ -312,7 +354,7 @@ def gemm(
                     rows = pl.ds(m0 + rows_of(wave), 64)
                     plgpu.copy_gmem_to_smem(
                         residual_gmem[0].at[rows, pl.ds(n0 + columns_of(wave), cols)],
-                        y_smem[0].at[warpgroup, wave],
+                        y_smem.at[warpgroup, wave],
                         landed.at[warpgroup],
                     )
 
@@ -418,32 +460,24 @@ def gemm(
                             y = lax.concatenate([y, *others], 1)
                         y = y.astype(out_dtype)
                         if residuals:
-                            at = y_smem[0].at[warpgroup, i]
+                            at = y_smem.at[warpgroup, i]
                             added = plgpu.load(at, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
                             y = (y.astype(jnp.float32) + added).astype(out_dtype)
-                        y_smem[0][warpgroup, i] = y
+                        y_smem[warpgroup, i] = y
                     plgpu.commit_smem()
                     for i in range(results):
                         rows = pl.ds(m0 + rows_of(first + i), 64)
                         plgpu.copy_smem_to_gmem(
-                            y_smem[0].at[warpgroup, i],
+                            y_smem.at[warpgroup, i],
                             y_gmem[0].at[rows, pl.ds(n0 + columns_of(first + i), cols)],
                         )
 
-            def gated_epilogue(totals, m0, n0):
-                """What the product is gated to, quantized: a consumer has whole groups."""
-                gate, up = (t.astype(out_dtype).astype(jnp.float32) for (t,) in totals)
-                h = silu_mul(gate, up, out_dtype, plgpu.Layout.WGMMA).astype(jnp.float32)
-                qvalue, scale = quantize_groups(h, plgpu.Layout.WGMMA)
-                q_smem, s_smem = (ref.at[warpgroup] for ref in y_smem)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                q_smem[...] = qvalue.astype(FP8)
-                s_smem[...] = scale
-                plgpu.commit_smem()
-                tokens = pl.ds(m0 + rows_of(0), 64)
-                q_gmem, s_gmem = y_gmem
-                plgpu.copy_smem_to_gmem(q_smem, q_gmem.at[tokens, pl.ds(n0, ACTIVATION_GROUP)])
-                plgpu.copy_smem_to_gmem(s_smem, s_gmem.at[lax.div(n0, ACTIVATION_GROUP), tokens])
+            def hand_over(totals):
+                """Registers to SMEM, once the finisher is through with what was there."""
+                plgpu.barrier_wait(taken.at[warpgroup])
+                for wave, (y,) in enumerate(totals):
+                    y_smem[warpgroup, wave] = y.astype(out_dtype)
+                plgpu.barrier_arrive(made.at[warpgroup])
 
             def do_tile(tile, carry):
                 slot, scales = carry
@@ -452,12 +486,56 @@ def gemm(
                 # Those of the next tile arrive while this one is stored.
                 _, n0_next = origin(jnp.minimum(tile + blocks, tiles - 1))
                 scales = load_scales(n0_next, 0)
-                (gated_epilogue if gated else epilogue)(totals, m0, n0)
+                hand_over(totals) if gated else epilogue(totals, m0, n0)
                 return slot, scales
 
             _, n0 = origin(jnp.minimum(lax.axis_index("sm"), tiles - 1))
             for_each_tile(tiles, (jnp.int32(0), load_scales(n0, 0)), do_tile)
-            plgpu.wait_smem_to_gmem(0)
+            if gated:
+                plgpu.barrier_wait(taken.at[warpgroup])
+            else:
+                plgpu.wait_smem_to_gmem(0)
+
+        def finish():
+            """Gates and quantizes what the consumers made, under the next tile's products."""
+            finisher_registers()
+            q_gmem, s_gmem = y_gmem
+
+            def gate_tile(tile, carry):
+                m0, n0 = origin(tile)
+                for consumer in range(consumers):
+                    plgpu.barrier_wait(made.at[consumer])
+
+                    @pl.loop(0, 64 // TILE_GROUPS)
+                    def _gate(i, consumer=consumer):
+                        gate_groups(consumer, i * TILE_GROUPS, m0, n0)
+
+                    plgpu.barrier_arrive(taken.at[consumer])
+                return carry
+
+            def gate_groups(consumer, row, m0, n0):
+                """SiluMul of 8 rows that a consumer made, and their quantization."""
+
+                def load(wave):
+                    at = y_smem.at[consumer, wave, pl.ds(row, TILE_GROUPS)]
+                    return plgpu.load(at, layout=GROUPS, optimized=False).astype(jnp.float32)
+
+                h = silu_mul(load(0), load(1), out_dtype, GROUPS)
+                qvalue, scale = quantize_groups(h.astype(jnp.float32))
+                m = m0 + consumer * 64 + row
+
+                @pl.when(m < M)
+                def _store():
+                    tokens = pl.ds(m, TILE_GROUPS)
+                    store(q_gmem.at[tokens, pl.ds(n0, ACTIVATION_GROUP)], qvalue.astype(FP8))
+                    store(s_gmem.at[lax.div(n0, ACTIVATION_GROUP), tokens], scale)
+
+            for consumer in range(consumers):
+                plgpu.barrier_arrive(taken.at[consumer])
+            for_each_tile(tiles, jnp.int32(0), gate_tile)
+
+        if gated:
+            pl.when(warpgroup > consumers)(finish)
 
     if config.cluster:
         cluster = {"cluster": (2,), "cluster_names": ("cluster",)}
@@ -473,14 +551,9 @@ def gemm(
             jax.ShapeDtypeStruct((M, F), FP8),
             jax.ShapeDtypeStruct((F // ACTIVATION_GROUP, sx.shape[1]), jnp.float32),
         )
-        y_scratch = [
-            plgpu.SMEM((consumers, 64, ACTIVATION_GROUP), FP8, transforms=swizzled(F, FP8)),
-            plgpu.SMEM((consumers, 64), jnp.float32),
-        ]
     else:
         y_types = (jax.ShapeDtypeStruct((M, N_out), out_dtype),)
-        y_tiling = swizzled(math.gcd(cols, N_out), out_dtype)
-        y_scratch = [plgpu.SMEM((consumers, results, 64, cols), out_dtype, transforms=y_tiling)]
+    y_tiling = swizzled(math.gcd(cols, N_out), out_dtype)
     y = plgpu.kernel(
         kernel,
         out_type=y_types,
@@ -488,14 +561,16 @@ def gemm(
             plgpu.SMEM((stages, tile_m, K_BLOCK), FP8, transforms=swizzled(K, FP8)),
             plgpu.SMEM((stages, tile_n, K_BLOCK), FP8, transforms=swizzled(K, FP8)),
             plgpu.SMEM((stages, tile_m), jnp.float32),
-            *y_scratch,
+            plgpu.SMEM((consumers, results, 64, cols), out_dtype, transforms=y_tiling),
             plgpu.Barrier(num_arrivals=2 + len(parts), num_barriers=stages),
             empty,
             plgpu.Barrier(num_arrivals=waves, num_barriers=consumers),
+            plgpu.Barrier(num_barriers=consumers),
+            plgpu.Barrier(num_barriers=consumers),
         ],
         grid=(blocks,),
         grid_names=("sm",),
-        num_threads=consumers + 1,
+        num_threads=consumers + 1 + finishers,
         thread_name="warpgroup",
         kernel_name="jaxquant_gemm_fp8",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=gated),

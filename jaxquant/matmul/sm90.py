@@ -32,6 +32,7 @@ SCALE_ROWS = 128
 # consumers' accumulators.
 _REGISTERS = 512
 _PRODUCER_REGISTERS = 40
+_FINISHER_REGISTERS = 56
 _MAX_REGISTERS = 240
 
 # Bytes of SMEM that a thread block may have, less what barriers and the compiler take.
@@ -146,11 +147,17 @@ def producer_registers() -> None:
     plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
 
 
-def consumer_registers(consumers: int) -> None:
-    """Takes a consumer's share of the registers that the producer gave away."""
-    warpgroups = consumers + 1
+def finisher_registers() -> None:
+    """Gives those away of a warpgroup that finishes what the consumers made."""
+    plgpu.set_max_registers(_FINISHER_REGISTERS, action="decrease")
+
+
+def consumer_registers(consumers: int, finishers: int = 0) -> None:
+    """Takes a consumer's share of the registers that others gave away."""
+    warpgroups = consumers + 1 + finishers
     registers = _REGISTERS // warpgroups // 8 * 8 * warpgroups
-    share = (registers - _PRODUCER_REGISTERS) // consumers // 8 * 8
+    others = _PRODUCER_REGISTERS + finishers * _FINISHER_REGISTERS
+    share = (registers - others) // consumers // 8 * 8
     plgpu.set_max_registers(min(_MAX_REGISTERS, share), action="increase")
 
 

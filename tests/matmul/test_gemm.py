@@ -13,8 +13,9 @@ from numpy_reference import BF16, heavy_tailed, make_weight, normal, zero_blocks
 from jaxquant import blocked
 from jaxquant.config import QuantConfig
 from jaxquant.errors import JaxquantError
-from jaxquant.matmul import gemm_sm90, gemm_wgmma_sm90, tuning
+from jaxquant.matmul import SiluMul, act_quant_sm90, gemm_sm90, gemm_wgmma_sm90, tuning
 from jaxquant.matmul.gemm_sm90 import Config
+from jaxquant.matmul.tokens import kernel_layout
 
 # Few, so that a thread block goes through several tiles.
 SMS = 2
@@ -68,6 +69,7 @@ def assert_close(y, expected):
         (128, True, 112),
         (128, False, 144),
         (128, True, 192),
+        (128, True, 256),
         (192, True, 128),
         (256, False, 96),
         (256, True, 112),
@@ -129,6 +131,40 @@ def test_a_residual_is_added_where_that_was_measured():
     assert not gemm_sm90.adds_residual(8191, 4096, BF16, measured)
 
 
+def gate(args, config):
+    layer = jnp.zeros(1, jnp.int32)
+    return gemm_sm90.gemm(*args, layer, gated=True, out_dtype=BF16, config=config, sms=SMS)
+
+
+# Tokens in part of a tile and in several; ragged blocks of K; one group and more.
+@pytest.mark.parametrize(
+    ("M", "N", "K", "cluster", "kind"),
+    [
+        (16, 256, 160, False, normal),
+        (136, 512, 384, True, normal),
+        (264, 768, 128, False, heavy_tailed),
+        (72, 512, 256, True, zero_blocks),
+    ],
+)
+def test_a_gated_product_has_the_bytes_of_what_is_quantized_after_it(
+    interpreter, M, N, K, cluster, kind
+):
+    args, _ = operands(M, N, K, kind)
+    qvalue, scale = gate(args, Config(128, cluster, 256))
+    product = run(args, Config(128, False))
+    expected = act_quant_sm90.quantize(SiluMul(), product, jnp.zeros(1, jnp.int32), N // 2, M)
+    for value, like in zip((qvalue, scale), kernel_layout(M, N // 2), strict=True):
+        assert (value.dtype, value.shape[1]) == (like.dtype, like.shape[1])
+    assert numpy_reference.differing(qvalue, expected[0]) == 0
+    assert numpy_reference.differing(scale[:, :M], expected[1][:, :M]) == 0
+
+
+def test_what_is_gated():
+    assert gemm_sm90.gates(8192, 28672, 4096, BF16, 132)
+    assert not gemm_sm90.gates(8192, 28672, 4096, F32, 132)
+    assert not gemm_sm90.gates(8192, 28672 + 128, 4096, BF16, 132)
+
+
 def test_few_columns(interpreter):
     args, expected = operands(16, 8, 160)
     assert_close(run(args, Config(256, True)), expected[0])
@@ -151,6 +187,13 @@ def test_no_two_threads_race(config):
         found = gpu_callbacks.get_races().races_found
     assert_close(y, expected[0] + np.asarray(residual, np.float64))
     assert not found
+
+
+def test_no_two_threads_race_where_a_product_is_gated():
+    args, _ = operands(136, 512, 512)
+    with interpret(detect_races=True):
+        gate(args, Config(128, False, 256))
+        assert not gpu_callbacks.get_races().races_found
 
 
 def test_a_tile_that_registers_do_not_hold_is_refused():

@@ -7,21 +7,24 @@ from hopper import h200, needs_plugin, run_apart
 
 pytestmark = needs_plugin
 
-# M, N, K, result, tile_m, cluster, tile_n
+# M, N, K, result, tile_m, cluster, tile_n, and whether it is gated
 GEMMS = [
-    (512, 2112, 7168, "bfloat16", 128, False, 64),
-    (512, 6144, 4096, "float32", 128, False, 96),
-    (1000, 200, 1024, "bfloat16", 128, True, 112),
-    (512, 4096, 14336, "bfloat16", 128, False, 128),
-    (512, 4096, 128, "bfloat16", 128, True, 144),
-    (136, 8, 96, "float32", 128, True, 160),  # K in no whole blocks
-    (4096, 32768, 512, "bfloat16", 128, True, 192),
-    (72, 28672, 4096, "bfloat16", 64, False, 128),
-    (4096, 6144, 4096, "float32", 192, True, 128),
-    (512, 6144, 4096, "bfloat16", 256, False, 96),
-    (512, 7168, 2048, "bfloat16", 256, True, 112),
-    (8192, 28672, 4096, "bfloat16", 256, True, 128),
-    (8192, 28672, 4096, "float32", 256, True, 128),
+    (512, 2112, 7168, "bfloat16", 128, False, 64, False),
+    (512, 6144, 4096, "float32", 128, False, 96, False),
+    (1000, 200, 1024, "bfloat16", 128, True, 112, False),
+    (512, 4096, 14336, "bfloat16", 128, False, 128, False),
+    (512, 4096, 128, "bfloat16", 128, True, 144, False),
+    (136, 8, 96, "float32", 128, True, 160, False),  # K in no whole blocks
+    (4096, 32768, 512, "bfloat16", 128, True, 192, False),
+    (72, 28672, 4096, "bfloat16", 64, False, 128, False),
+    (4096, 6144, 4096, "float32", 192, True, 128, False),
+    (512, 6144, 4096, "bfloat16", 256, False, 96, False),
+    (512, 7168, 2048, "bfloat16", 256, True, 112, False),
+    (8192, 28672, 4096, "bfloat16", 256, True, 128, False),
+    (8192, 28672, 4096, "float32", 256, True, 128, False),
+    (8192, 28672, 4096, "bfloat16", 128, True, 256, False),
+    (8192, 28672, 4096, "bfloat16", 128, True, 256, True),
+    (72, 512, 160, "bfloat16", 128, False, 256, True),
 ]
 
 
@@ -42,7 +45,7 @@ def compile_all() -> list[str]:
 
     sharding = h200()
 
-    def compile_gemm(M, N, K, out_dtype, tile_m, cluster, tile_n):
+    def compile_gemm(M, N, K, out_dtype, tile_m, cluster, tile_n, gated):
         config = gemm_sm90.Config(tile_m, cluster, tile_n)
         operands = [
             ((M, K), "float8_e4m3fn"),
@@ -53,7 +56,9 @@ def compile_all() -> list[str]:
         ]
         args = [jax.ShapeDtypeStruct(*o, sharding=sharding) for o in operands]
         gemm = jax.jit(
-            lambda *args: gemm_sm90.gemm(*args, out_dtype=out_dtype, config=config, sms=132)
+            lambda *args: gemm_sm90.gemm(
+                *args, gated=gated, out_dtype=out_dtype, config=config, sms=132
+            )
         )
         return gemm.lower(*args).compile().as_text()
 
