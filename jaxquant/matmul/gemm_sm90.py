@@ -7,7 +7,6 @@ tensor cores at work, so that whatever else there is to wait for is waited for b
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from typing import Any, Literal, overload
 
 import jax
@@ -25,25 +24,27 @@ from jaxquant.matmul.act_quant_sm90 import GROUPS, TILE_GROUPS, quantize_groups,
 from jaxquant.matmul.sm90 import (
     FP8,
     K_BLOCK,
+    PRODUCER_REGISTERS,
     SCALE_ROWS,
     SMEM_BYTES,
     cdiv,
     consumer_registers,
     fill_ring,
-    finisher_registers,
     for_each_tile,
     in_stack,
     next_slot,
-    producer_registers,
     ring_stages,
     round_up,
+    spare_registers,
     store,
     swizzled,
     zero_accumulator,
 )
 
-# Tiles are visited in strips this many tiles wide, to meet operands again while L2 has them.
+# Tiles are visited in strips this many tiles wide, to meet operands again while L2 has them. It
+# has more of them where little is written.
 _STRIP = 8
+_GATED_STRIP = 16
 # The result has a multiple of so many columns, and more than one: along a dimension of a single
 # SMEM tile Mosaic leaves out the index, so that a store past its end would land inside.
 _RESULT_COLUMNS = 64
@@ -107,7 +108,7 @@ def default_config(M: int, N: int, K: int, sms: int) -> Config:
     tuned = tuning.lookup("gemm", M, N, K)
     if tuned is not None:
         return Config(**tuned)
-    return _fastest(PREDICTED, M, N, K, sms)
+    return min(PREDICTED, key=lambda config: microseconds(config, M, N, K, sms))
 
 
 def microseconds(config: Config, M: int, N: int, K: int, sms: int) -> float:
@@ -115,31 +116,20 @@ def microseconds(config: Config, M: int, N: int, K: int, sms: int) -> float:
     along_m, along_n = config.cluster_shape
     clusters = cdiv(M, config.tile_m * along_m) * cdiv(N, config.tile_n * along_n)
     waves = cdiv(clusters, sms // (along_m * along_n))
-    per_block, per_tile = (PREDICTED | PREDICTED_GATED)[config]
+    per_block, per_tile = (PREDICTED | _PREDICTED_GATED)[config]
     return waves * (cdiv(K, K_BLOCK) * per_block + per_tile)
-
-
-def gated_config(M: int, N: int, K: int, sms: int) -> Config:
-    """Likewise of a product that is gated: half of its tile's columns are gate, and half are up."""
-    return _fastest(PREDICTED_GATED, M, N, K, sms)
 
 
 def can_gate(N: int, out_dtype: Any) -> bool:
     """Whether `gemm` can gate a product: the result is in whole groups, and SMEM has the room."""
-    return N % (2 * ACTIVATION_GROUP) == 0 and jnp.dtype(out_dtype) == jnp.bfloat16
+    return N % (2 * ACTIVATION_GROUP) == 0 and _holds_tile(GATED, jnp.dtype(out_dtype))
 
 
 def gates(M: int, N: int, K: int, out_dtype: Any, sms: int) -> bool:
-    """Whether to have `gemm` gate a product: it can, and is to be faster than two kernels."""
-    gated, apart = (
-        microseconds(_fastest(configs, M, N, K, sms), M, N, K, sms)
-        for configs in (PREDICTED_GATED, PREDICTED)
-    )
-    return can_gate(N, out_dtype) and gated < apart + M * N * _GATE_APART
-
-
-def _fastest(configs: Iterable[Config], M: int, N: int, K: int, sms: int) -> Config:
-    return min(configs, key=lambda config: microseconds(config, M, N, K, sms))
+    """Whether to have `gemm` gate a product: it can, and is to be faster than two kernels are."""
+    apart = min(microseconds(config, M, N, K, sms) for config in PREDICTED)
+    faster = microseconds(GATED, M, N, K, sms) < apart + M * N * _GATE_APART
+    return can_gate(N, out_dtype) and M >= _LEAST_GATED and faster
 
 
 # Microseconds of a K block, and of a tile besides, with all multiprocessors of an H200 at work.
@@ -153,9 +143,16 @@ PREDICTED = {
     Config(128, False, 64): (0.255, 0.50),
     Config(64, False, 128): (0.290, 0.80),
 }
-# Likewise of products that are gated, and what it takes another kernel to gate an element of one.
-PREDICTED_GATED = {Config(128, True, 256): (0.745, 1.60), Config(128, False, 256): (0.745, 1.60)}
+# The tile of a product that is gated: half of its columns are gate, the others up.
+GATED = Config(128, True, 256)
+_PREDICTED_GATED = {GATED: (0.745, 3.0)}
+# What another kernel takes to gate a value of the product and quantize it.
 _GATE_APART = 146 / (8192 * 28672)
+# Fewer tokens have too few tiles for a prediction by waves.
+_LEAST_GATED = 512
+# Registers of its producer and its finisher. Its consumers need no less than these leave: the
+# compiler would put scales where products have to wait for them.
+_GATED_REGISTERS = (24, 40)
 
 
 # 8192x4096x4096: 211 and 220 us; the product alone takes 206, and XLA's sum behind it 39 more.
@@ -236,7 +233,7 @@ def gemm(
       gated: whether the result is gated and quantized, see `can_gate`; the weight's rows are the
         gate's, then those of up.
       out_dtype: bfloat16 or float32.
-      config: see `default_config`, or if gated `gated_config`.
+      config: see `default_config`, or `GATED` if it is.
       sms: multiprocessors of the GPU.
 
     Returns:
@@ -251,10 +248,12 @@ def gemm(
     along_m, along_n = config.cluster_shape
     # Where the rows of the weight that a tile needs begin, from its first column on.
     parts = (0, N // 2) if gated else (0,)
-    finishers = 1 if gated else 0
     part_rows = tile_n // len(parts)
     m_tiles, n_tiles = cdiv(M, tile_m * along_m), cdiv(N // len(parts), part_rows * along_n)
     tiles, blocks = m_tiles * n_tiles, sms // (along_m * along_n)
+    strip = _GATED_STRIP if gated else _STRIP
+    # Of the producer, and of the finisher that a product has which is gated.
+    registers = _GATED_REGISTERS if gated else (PRODUCER_REGISTERS,)
     # What one consumer makes of a tile: 64 rows at a time, in segments that share a scale.
     waves, cols = config.waves, config.cols
     segment = math.gcd(tile_n, SCALE_ROWS) if SCALE_ROWS % tile_n else cols
@@ -281,16 +280,36 @@ def gemm(
 
         def origin(tile):
             """The first row and column of a tile."""
-            mi, ni = plgpu.planar_snake(tile, (m_tiles, n_tiles), 0, _STRIP)
+            mi, ni = plgpu.planar_snake(tile, (m_tiles, n_tiles), 0, strip)
             if along_m > 1:
                 mi = mi * along_m + lax.axis_index("cluster")
             if along_n > 1:
                 ni = ni * along_n + lax.axis_index("cluster")
             return mi * tile_m, ni * part_rows
 
+        def gate(consumer, m0, n0):
+            """SiluMul of what a consumer made, and its quantization."""
+            q_gmem, s_gmem = y_gmem
+
+            @pl.loop(0, 64, step=TILE_GROUPS)
+            def _gate_groups(row):
+                def load(wave):
+                    at = y_smem.at[consumer, wave, pl.ds(row, TILE_GROUPS)]
+                    return plgpu.load(at, layout=GROUPS, optimized=False).astype(jnp.float32)
+
+                h = silu_mul(load(0), load(1), out_dtype, GROUPS)
+                qvalue, scale = quantize_groups(h.astype(jnp.float32))
+                m = m0 + consumer * 64 + row
+
+                @pl.when(m < M)
+                def _store():
+                    tokens = pl.ds(m, TILE_GROUPS)
+                    store(q_gmem.at[tokens, pl.ds(n0, ACTIVATION_GROUP)], qvalue.astype(FP8))
+                    store(s_gmem.at[lax.div(n0, ACTIVATION_GROUP), tokens], scale)
+
         @pl.when(warpgroup == consumers)
         def _producer():
-            producer_registers()
+            spare_registers(registers[0])
             shared_x = "cluster" if along_n > 1 else None
             shared_w = "cluster" if along_m > 1 else None
 
@@ -321,7 +340,7 @@ def gemm(
 
         @pl.when(warpgroup < consumers)
         def _consumer():
-            consumer_registers(consumers, finishers)
+            consumer_registers(consumers, registers)
 
             def rows_of(wave):
                 """Where the 64 rows of a wave begin in the tile."""
@@ -472,12 +491,20 @@ def gemm(
                             y_gmem[0].at[rows, pl.ds(n0 + columns_of(first + i), cols)],
                         )
 
-            def hand_over(totals):
+            def hand_over(tile, totals, m0, n0):
                 """Registers to SMEM, once the finisher is through with what was there."""
                 plgpu.barrier_wait(taken.at[warpgroup])
                 for wave, (y,) in enumerate(totals):
                     y_smem[warpgroup, wave] = y.astype(out_dtype)
-                plgpu.barrier_arrive(made.at[warpgroup])
+
+                @pl.when(tile + blocks < tiles)
+                def _to_finisher():
+                    plgpu.barrier_arrive(made.at[warpgroup])
+
+                @pl.when(tile + blocks >= tiles)
+                def _last():  # no products to hide it under: by all consumers at once
+                    plgpu.commit_smem()
+                    gate(warpgroup, m0, n0)
 
             def do_tile(tile, carry):
                 slot, scales = carry
@@ -486,49 +513,26 @@ def gemm(
                 # Those of the next tile arrive while this one is stored.
                 _, n0_next = origin(jnp.minimum(tile + blocks, tiles - 1))
                 scales = load_scales(n0_next, 0)
-                hand_over(totals) if gated else epilogue(totals, m0, n0)
+                hand_over(tile, totals, m0, n0) if gated else epilogue(totals, m0, n0)
                 return slot, scales
 
             _, n0 = origin(jnp.minimum(lax.axis_index("sm"), tiles - 1))
             for_each_tile(tiles, (jnp.int32(0), load_scales(n0, 0)), do_tile)
-            if gated:
-                plgpu.barrier_wait(taken.at[warpgroup])
-            else:
-                plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0)
 
         def finish():
-            """Gates and quantizes what the consumers made, under the next tile's products."""
-            finisher_registers()
-            q_gmem, s_gmem = y_gmem
+            """Gates all tiles but the last, under the products of the next."""
+            spare_registers(registers[-1])
 
             def gate_tile(tile, carry):
-                m0, n0 = origin(tile)
-                for consumer in range(consumers):
-                    plgpu.barrier_wait(made.at[consumer])
+                @pl.when(tile + blocks < tiles)
+                def _():
+                    for consumer in range(consumers):
+                        plgpu.barrier_wait(made.at[consumer])
+                        gate(consumer, *origin(tile))
+                        plgpu.barrier_arrive(taken.at[consumer])
 
-                    @pl.loop(0, 64 // TILE_GROUPS)
-                    def _gate(i, consumer=consumer):
-                        gate_groups(consumer, i * TILE_GROUPS, m0, n0)
-
-                    plgpu.barrier_arrive(taken.at[consumer])
                 return carry
-
-            def gate_groups(consumer, row, m0, n0):
-                """SiluMul of 8 rows that a consumer made, and their quantization."""
-
-                def load(wave):
-                    at = y_smem.at[consumer, wave, pl.ds(row, TILE_GROUPS)]
-                    return plgpu.load(at, layout=GROUPS, optimized=False).astype(jnp.float32)
-
-                h = silu_mul(load(0), load(1), out_dtype, GROUPS)
-                qvalue, scale = quantize_groups(h.astype(jnp.float32))
-                m = m0 + consumer * 64 + row
-
-                @pl.when(m < M)
-                def _store():
-                    tokens = pl.ds(m, TILE_GROUPS)
-                    store(q_gmem.at[tokens, pl.ds(n0, ACTIVATION_GROUP)], qvalue.astype(FP8))
-                    store(s_gmem.at[lax.div(n0, ACTIVATION_GROUP), tokens], scale)
 
             for consumer in range(consumers):
                 plgpu.barrier_arrive(taken.at[consumer])
@@ -570,7 +574,7 @@ def gemm(
         ],
         grid=(blocks,),
         grid_names=("sm",),
-        num_threads=consumers + 1 + finishers,
+        num_threads=consumers + len(registers),
         thread_name="warpgroup",
         kernel_name="jaxquant_gemm_fp8",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=gated),

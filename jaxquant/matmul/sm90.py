@@ -12,7 +12,7 @@ of the tiles in the same order in both roles.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,8 +31,7 @@ SCALE_ROWS = 128
 # equal shares of a multiple of 8. The producer only issues copies; what it gives up goes to the
 # consumers' accumulators.
 _REGISTERS = 512
-_PRODUCER_REGISTERS = 40
-_FINISHER_REGISTERS = 56
+PRODUCER_REGISTERS = 40
 _MAX_REGISTERS = 240
 
 # Bytes of SMEM that a thread block may have, less what barriers and the compiler take.
@@ -142,22 +141,21 @@ def fill_ring(
     lax.fori_loop(0, filled, drain, jnp.where(filled == stages, slot, 0))
 
 
+def spare_registers(kept: int) -> None:
+    """Gives all registers of a warpgroup away but so many a thread."""
+    plgpu.set_max_registers(kept, action="decrease")
+
+
 def producer_registers() -> None:
     """Gives the producer's spare registers away."""
-    plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+    spare_registers(PRODUCER_REGISTERS)
 
 
-def finisher_registers() -> None:
-    """Gives those away of a warpgroup that finishes what the consumers made."""
-    plgpu.set_max_registers(_FINISHER_REGISTERS, action="decrease")
-
-
-def consumer_registers(consumers: int, finishers: int = 0) -> None:
-    """Takes a consumer's share of the registers that others gave away."""
-    warpgroups = consumers + 1 + finishers
+def consumer_registers(consumers: int, others: Sequence[int] = (PRODUCER_REGISTERS,)) -> None:
+    """Takes a consumer's share of the registers that the others gave away, who kept so many."""
+    warpgroups = consumers + len(others)
     registers = _REGISTERS // warpgroups // 8 * 8 * warpgroups
-    others = _PRODUCER_REGISTERS + finishers * _FINISHER_REGISTERS
-    share = (registers - others) // consumers // 8 * 8
+    share = (registers - sum(others)) // consumers // 8 * 8
     plgpu.set_max_registers(min(_MAX_REGISTERS, share), action="increase")
 
 

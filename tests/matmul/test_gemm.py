@@ -15,7 +15,6 @@ from jaxquant.config import QuantConfig
 from jaxquant.errors import JaxquantError
 from jaxquant.matmul import SiluMul, act_quant_sm90, gemm_sm90, gemm_wgmma_sm90, tuning
 from jaxquant.matmul.gemm_sm90 import Config
-from jaxquant.matmul.tokens import kernel_layout
 
 # Few, so that a thread block goes through several tiles.
 SMS = 2
@@ -131,38 +130,42 @@ def test_a_residual_is_added_where_that_was_measured():
     assert not gemm_sm90.adds_residual(8191, 4096, BF16, measured)
 
 
-def gate(args, config):
+def gate(args):
     layer = jnp.zeros(1, jnp.int32)
-    return gemm_sm90.gemm(*args, layer, gated=True, out_dtype=BF16, config=config, sms=SMS)
+    options = {"out_dtype": BF16, "config": gemm_sm90.GATED, "sms": SMS}
+    return gemm_sm90.gemm(*args, layer, gated=True, **options)
 
 
 # Tokens in part of a tile and in several; ragged blocks of K; one group and more.
 @pytest.mark.parametrize(
-    ("M", "N", "K", "cluster", "kind"),
+    ("M", "N", "K", "kind"),
     [
-        (16, 256, 160, False, normal),
-        (136, 512, 384, True, normal),
-        (264, 768, 128, False, heavy_tailed),
-        (72, 512, 256, True, zero_blocks),
+        (16, 256, 160, normal),
+        (136, 768, 384, normal),
+        (264, 512, 128, heavy_tailed),
+        (72, 512, 256, zero_blocks),
     ],
 )
-def test_a_gated_product_has_the_bytes_of_what_is_quantized_after_it(
-    interpreter, M, N, K, cluster, kind
-):
+def test_a_gated_product_has_the_bytes_of_what_is_quantized_after_it(interpreter, M, N, K, kind):
     args, _ = operands(M, N, K, kind)
-    qvalue, scale = gate(args, Config(128, cluster, 256))
+    qvalue, scale = gate(args)
     product = run(args, Config(128, False))
     expected = act_quant_sm90.quantize(SiluMul(), product, jnp.zeros(1, jnp.int32), N // 2, M)
-    for value, like in zip((qvalue, scale), kernel_layout(M, N // 2), strict=True):
-        assert (value.dtype, value.shape[1]) == (like.dtype, like.shape[1])
+    assert (qvalue.shape, scale.shape) == tuple(a.shape for a in expected)
     assert numpy_reference.differing(qvalue, expected[0]) == 0
     assert numpy_reference.differing(scale[:, :M], expected[1][:, :M]) == 0
 
 
-def test_what_is_gated():
-    assert gemm_sm90.gates(8192, 28672, 4096, BF16, 132)
-    assert not gemm_sm90.gates(8192, 28672, 4096, F32, 132)
-    assert not gemm_sm90.gates(8192, 28672 + 128, 4096, BF16, 132)
+def test_products_are_gated_where_that_is_the_faster():
+    assert all(gemm_sm90.gates(M, 28672, 4096, BF16, 132) for M in (1024, 2048, 4096, 8192))
+    # Four waves of tiles for what fills three and a half.
+    assert not gemm_sm90.gates(512, 28672, 4096, BF16, 132)
+
+
+def test_what_can_be_gated():
+    assert gemm_sm90.can_gate(28672, BF16)
+    assert not gemm_sm90.can_gate(28672, F32)  # more than SMEM holds
+    assert not gemm_sm90.can_gate(28672 + 128, BF16)  # half a group
 
 
 def test_few_columns(interpreter):
@@ -190,9 +193,9 @@ def test_no_two_threads_race(config):
 
 
 def test_no_two_threads_race_where_a_product_is_gated():
-    args, _ = operands(136, 512, 512)
+    args, _ = operands(136, 768, 512)
     with interpret(detect_races=True):
-        gate(args, Config(128, False, 256))
+        gate(args)
         assert not gpu_callbacks.get_races().races_found
 
 

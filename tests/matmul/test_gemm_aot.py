@@ -24,7 +24,7 @@ GEMMS = [
     (8192, 28672, 4096, "float32", 256, True, 128, False),
     (8192, 28672, 4096, "bfloat16", 128, True, 256, False),
     (8192, 28672, 4096, "bfloat16", 128, True, 256, True),
-    (72, 512, 160, "bfloat16", 128, False, 256, True),
+    (1000, 512, 160, "bfloat16", 128, True, 256, True),
 ]
 
 
