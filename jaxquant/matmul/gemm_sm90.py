@@ -3,6 +3,10 @@
 The tensor cores multiply a tile K block by K block, and each block's sum is promoted: scaled and
 added up in float32 registers. While one warpgroup promotes, the other's products are to keep the
 tensor cores at work, so that whatever else there is to wait for is waited for behind products.
+
+A product that is gated has one more warpgroup, the finisher, which gates a tile and quantizes the
+result under the next tile's products. Consumers that did so themselves, from their registers, took
+1429 us for 8192x28672x4096 where these take 1411 and the product alone 1390.
 """
 
 import dataclasses
@@ -246,13 +250,13 @@ def gemm(
     steps, scale_rows = cdiv(K, K_BLOCK), cdiv(N, SCALE_ROWS)
     tile_m, tile_n, consumers = config.tile_m, config.tile_n, config.consumers
     along_m, along_n = config.cluster_shape
-    # Where the rows of the weight that a tile needs begin, from its first column on.
+    # Where a tile's rows of the weight begin, from its first column on: the gate's, and up's.
     parts = (0, N // 2) if gated else (0,)
     part_rows = tile_n // len(parts)
     m_tiles, n_tiles = cdiv(M, tile_m * along_m), cdiv(N // len(parts), part_rows * along_n)
     tiles, blocks = m_tiles * n_tiles, sms // (along_m * along_n)
     strip = _GATED_STRIP if gated else _STRIP
-    # Of the producer, and of the finisher that a product has which is gated.
+    # Of the producer, and of the finisher, which only a product has that is gated.
     registers = _GATED_REGISTERS if gated else (PRODUCER_REGISTERS,)
     # What one consumer makes of a tile: 64 rows at a time, in segments that share a scale.
     waves, cols = config.waves, config.cols
@@ -274,7 +278,7 @@ def gemm(
     def kernel(x_gmem, sx_gmem, w_gmem, sw_gmem, layer_gmem, *refs):
         residual_gmem, refs = refs[: len(residuals)], refs[len(residuals) :]
         y_gmem, refs = refs[: len(y_types)], refs[len(y_types) :]
-        x_smem, w_smem, sx_smem, y_smem, full, empty, landed, made, taken = refs
+        x_smem, w_smem, sx_smem, y_smem, full, empty, landed, *handing = refs
         warpgroup = lax.axis_index("warpgroup")
         l = in_stack(layer_gmem[0], wq.shape[0])
 
@@ -288,7 +292,7 @@ def gemm(
             return mi * tile_m, ni * part_rows
 
         def gate(consumer, m0, n0):
-            """SiluMul of what a consumer made, and its quantization."""
+            """SiluMul of what a consumer left in SMEM, and its quantization: 8 tokens at once."""
             q_gmem, s_gmem = y_gmem
 
             @pl.loop(0, 64, step=TILE_GROUPS)
@@ -493,6 +497,7 @@ def gemm(
 
             def hand_over(tile, totals, m0, n0):
                 """Registers to SMEM, once the finisher is through with what was there."""
+                made, taken = handing
                 plgpu.barrier_wait(taken.at[warpgroup])
                 for wave, (y,) in enumerate(totals):
                     y_smem[warpgroup, wave] = y.astype(out_dtype)
@@ -502,7 +507,7 @@ def gemm(
                     plgpu.barrier_arrive(made.at[warpgroup])
 
                 @pl.when(tile + blocks >= tiles)
-                def _last():  # no products to hide it under: by all consumers at once
+                def _last():  # No products to gate it under: each consumer does its own rows.
                     plgpu.commit_smem()
                     gate(warpgroup, m0, n0)
 
@@ -521,8 +526,9 @@ def gemm(
             plgpu.wait_smem_to_gmem(0)
 
         def finish():
-            """Gates all tiles but the last, under the products of the next."""
+            """Gates every tile but the last, under the products of the next."""
             spare_registers(registers[-1])
+            made, taken = handing
 
             def gate_tile(tile, carry):
                 @pl.when(tile + blocks < tiles)
@@ -569,8 +575,7 @@ def gemm(
             plgpu.Barrier(num_arrivals=2 + len(parts), num_barriers=stages),
             empty,
             plgpu.Barrier(num_arrivals=waves, num_barriers=consumers),
-            plgpu.Barrier(num_barriers=consumers),
-            plgpu.Barrier(num_barriers=consumers),
+            *[plgpu.Barrier(num_barriers=consumers)] * (2 if gated else 0),
         ],
         grid=(blocks,),
         grid_names=("sm",),
