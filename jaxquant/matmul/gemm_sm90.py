@@ -5,8 +5,8 @@ added up in float32 registers. While one warpgroup promotes, the other's product
 tensor cores at work, so that whatever else there is to wait for is waited for behind products.
 
 A product that is gated has one more warpgroup, the finisher, which gates a tile and quantizes the
-result under the next tile's products. Consumers that did so themselves, from their registers, took
-1429 us for 8192x28672x4096 where these take 1411 and the product alone 1390.
+result under the next tile's products: 8192x28672x4096 in 1387 us, and 1355 without. Consumers that
+gated from their own registers took 1429.
 """
 
 import dataclasses
@@ -45,10 +45,8 @@ from jaxquant.matmul.sm90 import (
     zero_accumulator,
 )
 
-# Tiles are visited in strips this many tiles wide, to meet operands again while L2 has them. It
-# has more of them where little is written.
+# Tiles are visited in strips this many tiles wide, to meet operands again while L2 has them.
 _STRIP = 8
-_GATED_STRIP = 16
 # The result has a multiple of so many columns, and more than one: along a dimension of a single
 # SMEM tile Mosaic leaves out the index, so that a store past its end would land inside.
 _RESULT_COLUMNS = 64
@@ -255,7 +253,6 @@ def gemm(
     part_rows = tile_n // len(parts)
     m_tiles, n_tiles = cdiv(M, tile_m * along_m), cdiv(N // len(parts), part_rows * along_n)
     tiles, blocks = m_tiles * n_tiles, sms // (along_m * along_n)
-    strip = _GATED_STRIP if gated else _STRIP
     # Of the producer, and of the finisher, which only a product has that is gated.
     registers = _GATED_REGISTERS if gated else (PRODUCER_REGISTERS,)
     # What one consumer makes of a tile: 64 rows at a time, in segments that share a scale.
@@ -284,7 +281,7 @@ def gemm(
 
         def origin(tile):
             """The first row and column of a tile."""
-            mi, ni = plgpu.planar_snake(tile, (m_tiles, n_tiles), 0, strip)
+            mi, ni = plgpu.planar_snake(tile, (m_tiles, n_tiles), 0, _STRIP)
             if along_m > 1:
                 mi = mi * along_m + lax.axis_index("cluster")
             if along_n > 1:
