@@ -40,6 +40,7 @@ from jaxquant.attention.sm90 import (
     column,
     default_cut,
     padded_group,
+    reduced,
 )
 from jaxquant.matmul.sm90 import in_stack, round_up, store, swizzled
 from jaxquant.matmul.tokens import QuantizedTokens
@@ -338,12 +339,17 @@ def _launch(
             total, maximum, weights = lax.fori_loop(0, steps, add_tile, init)
             return total, maximum, jnp.sum(weights, axis=0)
 
-        def write(mean):
-            result.write(mean, head, out_gmem)
-
         ring = smem(stages, tile, dims), smem(stages, tile, dims)
         sums = pl.run_scoped(attend, *ring, collective_axes="warpgroup")
-        cluster.add_up(sums, head, split, parts_gmem, exchange, write)
+
+        def add_up(*result_smem):
+            def write(mean):
+                ours = [ref.at[0] for ref in result_smem]
+                result.write(mean, head, out_gmem, ours, reduced)
+
+            cluster.add_up(sums, head, split, parts_gmem, exchange, write)
+
+        pl.run_scoped(add_up, *result.scratch(dims, N), collective_axes="warpgroup")
 
     scratch: list[Any] = [
         smem(N, dims),

@@ -43,13 +43,16 @@ class Config:
 
     Attributes:
       tile: slots of the cache in a tile, a multiple of 64.
-      stages: tiles of keys and tiles of values that SMEM holds, at least 2.
+      stages: tiles of keys and tiles of values that SMEM holds, at least 2; of FP8 values, one
+        fewer.
       splits: thread blocks that share a head, 1 to 8.
+      heads: of a thread block, 1, or 2 with a warpgroup each; 2 only over FP8, without splits.
     """
 
     tile: int
     stages: int
     splits: int
+    heads: int = 1
 
 
 def padded_group(G: int) -> int:
@@ -101,6 +104,26 @@ def column(value: Any, N: int) -> Any:
 def across(values: Any, rows: int) -> Any:
     """Values of columns `[N]` in each of so many rows."""
     return lax.broadcast_in_dim(values, (rows, *values.shape), [1])
+
+
+def reduced(operation: str, value: Any, scratch: Any = None) -> Any:
+    """The maximum or the sum over the rows of a value in the layout of wgmma.
+
+    Args:
+      operation: "max" or "add".
+      value: float32, of N columns.
+      scratch: SMEM of this warpgroup, a multiple of 256 floats; without it, Pallas finds some, the
+        same for all warpgroups.
+    """
+    if scratch is None or interpreted():
+        return {"max": jnp.max, "add": jnp.sum}[operation](value, axis=0)
+    result = plgpu.ShapeDtypeStruct(value.shape[1:], jnp.dtype(jnp.float32), layout=COLUMN)
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType()), return_type=result)
+    def run(_, value, scratch):
+        return value.reduce(operation, 0, scratch)
+
+    return run(value, scratch)  # pyright: ignore[reportCallIssue]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +272,15 @@ class Result:
         tokens = qvalue.shape[0]
         return [jax.ShapeDtypeStruct((tokens * self.H, self.G, self.D), FP8), scale]
 
-    def write(self, y: Any, head: Any, out_gmem: Any) -> None:
+    def scratch(self, dims: int, N: int, heads: int = 1) -> list[Any]:
+        """What `write` takes of SMEM, for so many heads of so many rows and columns."""
+        dtype = FP8 if self.quantized else jnp.bfloat16
+        scratch = [plgpu.SMEM((heads, N, dims), dtype, transforms=swizzled(self.D, dtype))]
+        if self.quantized:
+            scratch.append(plgpu.SMEM((heads, dims // ACTIVATION_GROUP, N), jnp.float32))
+        return scratch
+
+    def write(self, y: Any, head: Any, out_gmem: Any, smem: Any, reduce: Any) -> None:
         """Stores a head's result.
 
         Args:
@@ -257,45 +288,35 @@ class Result:
             is stored.
           head: of all sequences.
           out_gmem: of `out_type`.
+          smem: a head's of `scratch`.
+          reduce: over rows; see `reduced`.
         """
         y = y.astype(jnp.bfloat16)
         dims, N = y.shape
-        y_gmem = out_gmem[0]
+        y_gmem, y_smem = out_gmem[0], smem[0]
         # Slices that start here may reach beyond the array. Pallas would refuse static ones.
         zero = lax.mul(head, 0)
         target = y_gmem.at[head, pl.ds(zero, N), pl.ds(zero, dims)]
 
-        def store(y_smem):
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y_smem, target)
-            plgpu.wait_smem_to_gmem(0)
-
-        def store_rounded(y_smem):
+        groups = range(dims // ACTIVATION_GROUP) if self.quantized else ()
+        for i in groups:
+            dims_of = slice(i * ACTIVATION_GROUP, (i + 1) * ACTIVATION_GROUP)
+            values = y[dims_of].astype(jnp.float32)
+            scale = scale_of(reduce("max", jnp.abs(values)))
+            full, inverse = (across(a, len(values)) for a in (scale, reciprocal(scale, COLUMN)))
+            values = plgpu.layout_cast(quotient(values, full, inverse, WGMMA), TRANSPOSED)
+            y_smem.at[:, pl.ds(dims_of.start, ACTIVATION_GROUP)].T[...] = values.astype(FP8)
+            smem[1][i] = scale
+        if not self.quantized:
             y_smem.T[...] = plgpu.layout_cast(y, TRANSPOSED)
-            store(y_smem)
-
-        def store_quantized(y_smem, scale_smem):
-            groups = range(dims // ACTIVATION_GROUP)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(y_smem, target)
+        b, h = lax.div(head, self.H), lax.rem(head, self.H)
+        for g in range(self.G):
             for i in groups:
-                dims_of = slice(i * ACTIVATION_GROUP, (i + 1) * ACTIVATION_GROUP)
-                values = y[dims_of].astype(jnp.float32)
-                scale = scale_of(jnp.max(jnp.abs(values), axis=0))
-                full, inverse = (across(a, len(values)) for a in (scale, reciprocal(scale, COLUMN)))
-                values = plgpu.layout_cast(quotient(values, full, inverse, WGMMA), TRANSPOSED)
-                y_smem.at[:, pl.ds(dims_of.start, ACTIVATION_GROUP)].T[...] = values.astype(FP8)
-                scale_smem[i] = scale
-            store(y_smem)
-            b, h = lax.div(head, self.H), lax.rem(head, self.H)
-            for g in range(self.G):
-                for i in groups:
-                    out_gmem[1][(h * self.G + g) * len(groups) + i, b] = scale_smem[i, g]
-
-        dtype = FP8 if self.quantized else jnp.bfloat16
-        scratch = [plgpu.SMEM((N, dims), dtype, transforms=swizzled(self.D, dtype))]
-        if self.quantized:
-            scratch.append(plgpu.SMEM((dims // ACTIVATION_GROUP, N), jnp.float32))
-        run = store_quantized if self.quantized else store_rounded
-        pl.run_scoped(run, *scratch, collective_axes="warpgroup")
+                out_gmem[1][(h * self.G + g) * len(groups) + i, b] = smem[1][i, g]
+        # That it arrives is for the kernel's end to wait for.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def of(self, out: Any) -> Any:
         """`[B, Hq, D]`, or QuantizedTokens, of what the kernel left."""

@@ -403,9 +403,60 @@ def test_every_cut_of_the_fp8_kernel(hopper, config):
     assert relative_error(y, definition(q, *cache, 1, lengths)) <= TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("lengths", "options"),
+    [([310, 1], {}), ([129, 512], {"window": 200}), ([2, 257], {"softcap": 5.0})],
+)
+def test_two_heads_of_a_thread_block(hopper, lengths, options):
+    # Of one sequence, and of two: the third and the fourth of six.
+    qkv, k, v, lengths, rotation = fp8_cache_and_token(
+        2, 3, 4, 512, 128, dtype="bfloat16", lengths=lengths
+    )
+
+    def attend(heads, quantized=False):
+        all_options: Any = {"window": None, "scale": 128**-0.5, "softcap": None} | options
+        all_options |= {"config": Config(128, 2, 1, heads), "quantized": quantized}
+        return decode_fp8_sm90.append_and_attend(
+            qkv, k, v, jnp.array([1]), lengths, rotation, **all_options
+        )
+
+    y, *cache = attend(2)
+    alone, *alone_cache = attend(1)
+    assert same_bytes(y, alone)
+    leaves = map(jax.tree.leaves, (cache, alone_cache))
+    assert all(same_bytes(*pair) for pair in zip(*leaves, strict=True))
+    assert same_bytes(attend(2, quantized=True)[0].qvalue, attend(1, quantized=True)[0].qvalue)
+    cache = [dequantized(a) for a in cache]
+    q, *_ = appended(qkv, *cache, 1, lengths, rotation)
+    assert relative_error(y, definition(q, *cache, 1, lengths, **options)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("B", "H", "G", "D", "heads"),
+    [
+        (32, 8, 4, 128, 2),
+        (64, 8, 8, 128, 2),
+        (16, 8, 4, 128, 1),  # every other multiprocessor would have none
+        (257, 1, 4, 128, 1),  # in no pairs
+        (64, 8, 12, 128, 1),
+        (64, 8, 4, 64, 1),
+        (64, 8, 4, 256, 1),
+    ],
+)
+def test_which_heads_are_in_pairs(B, H, G, D, heads):
+    config = decode_fp8_sm90.default_config(B, H, G, 1536, D, 132)
+    assert config.heads == heads
+    assert config.splits == 1
+    # A kilobyte is CUDA's, and another has room for the barriers.
+    residents = 2 if heads == 2 else 1
+    assert residents * (fp8_smem_bytes(config, padded_group(G), D) + 2048) <= 228 << 10
+
+
 def fp8_smem_bytes(config: Config, N: int, D: int) -> int:
-    ring = 2 * config.tile * (config.stages * (D + 4) + 4)
-    return ring + 2 * N * (D + config.tile) + Cluster(1, config.splits, D, N).nbytes
+    tile, stages = config.tile, config.stages
+    ring = tile * D * (2 * stages - 1) + 8 * tile * (stages + 1)
+    heads = config.heads * (ring + 2 * N * (D + tile))
+    return heads + 2048 + Cluster(1, config.splits, D, N).nbytes
 
 
 @pytest.mark.parametrize("D", [64, 128, 192, 256])
@@ -418,12 +469,19 @@ def test_every_default_for_fp8_fits_into_smem(D, G, heads, S):
     assert fp8_smem_bytes(config, N, D) <= 223 << 10
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("config", [Config(128, 2, 1), Config(128, 2, 2)])
+@pytest.mark.parametrize(
+    ("fp8", "config"),
+    [
+        *((fp8, Config(128, 2, splits)) for fp8 in (False, True) for splits in (1, 2)),
+        (True, Config(128, 2, 1, 2)),
+    ],
+)
 def test_no_two_threads_race(fp8, config):
     cache_and_qkv = fp8_cache_and_token if fp8 else cache_and_token
     # The new token's slot is in no tile. In one, it is masked, whatever a copy finds there.
-    qkv, k, v, lengths, rotation = cache_and_qkv(1, 1, 2, 384, 128, dtype="bfloat16", lengths=[257])
+    qkv, k, v, lengths, rotation = cache_and_qkv(
+        1, config.heads, 2, 384, 128, dtype="bfloat16", lengths=[257]
+    )
     kernel = decode_fp8_sm90 if fp8 else decode_sm90
     options: Any = {"window": None, "scale": 0.1, "softcap": None, "config": config}
     params = plgpu.InterpretGPUParams(
