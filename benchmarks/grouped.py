@@ -8,8 +8,7 @@ these have on average, which is the same bytes and the same FLOPs.
 
     same bytes  the kernel of that dense product, and with the quantization of its tokens
     grouped     the kernel of all experts, and with what comes before it: every token is quantized
-                once, and its row gathered for each of its experts (for few tokens the other way
-                round)
+                once, and written for each of its experts (few tokens the kernel gathers itself)
     loop        tile by tile, each gathered, quantized and multiplied by `matmul`
     to dense    "grouped" by "same bytes", the kernels alone and with what comes before
 
@@ -71,12 +70,13 @@ def random_experts(shape: tuple[int, ...]) -> jq.QuantizedArray:
     return jq.QuantizedArray(make(jax.random.key(0)), scale, (128, 128), np.dtype(jnp.bfloat16))
 
 
-def routing(tokens: int, E: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """How many of the tokens each expert has, and which, one expert's after the other's."""
+def routing(tokens: int, E: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How many tokens each expert has, which, sorted by expert, and where each token is then."""
     scores = np.random.default_rng((tokens, seed)).random((tokens, E))
     chosen = np.argpartition(scores, TOP_K - 1, axis=1)[:, :TOP_K].ravel()
-    rows = np.argsort(chosen, kind="stable") // TOP_K
-    return np.bincount(chosen, minlength=E).astype(np.int32), rows.astype(np.int32)
+    order = np.argsort(chosen, kind="stable")
+    sizes, places = np.bincount(chosen, minlength=E), np.argsort(order).reshape(tokens, TOP_K)
+    return sizes.astype(np.int32), (order // TOP_K).astype(np.int32), places.astype(np.int32)
 
 
 def joined(w: jq.QuantizedArray, experts: int) -> jq.QuantizedArray:
@@ -116,11 +116,15 @@ def dense(x: jax.Array, w: jq.QuantizedArray, layer: jax.Array) -> jax.Array:
     return jq.matmul(x, w, layer=layer)
 
 
-def experts(x: jax.Array, w: jq.QuantizedArray, sizes: jax.Array, rows: jax.Array) -> jax.Array:
-    return grouped_matmul(x, w, sizes, rows=rows)
+def experts(
+    x: jax.Array, w: jq.QuantizedArray, sizes: jax.Array, rows: jax.Array, places: jax.Array
+) -> jax.Array:
+    return grouped_matmul(x, w, sizes, rows=rows, places=places)
 
 
-def loop(x: jax.Array, w: jq.QuantizedArray, sizes: jax.Array, rows: jax.Array) -> jax.Array:
+def loop(
+    x: jax.Array, w: jq.QuantizedArray, sizes: jax.Array, rows: jax.Array, _: jax.Array
+) -> jax.Array:
     return grouped.tiled(x[rows], w, sizes, None, x.dtype, None)
 
 
@@ -129,7 +133,7 @@ def jobs_of(w: jq.QuantizedArray, tokens: int) -> tuple[int, dict[str, tuple[Any
     E, _, K = w.qvalue.shape
     T = tokens * TOP_K
     routings = [routing(tokens, E, seed) for seed in range(SETS)]
-    hit = round(np.mean([(sizes > 0).sum() for sizes, _ in routings]))
+    hit = round(np.mean([(sizes > 0).sum() for sizes, *_ in routings]))
     keys = jax.random.split(jax.random.key(1), SETS)
     mean = -(-T // hit)
     xs = [jax.random.normal(key, (max(tokens, mean), K), jnp.bfloat16) for key in keys]

@@ -71,19 +71,25 @@ def quantize(
     """
     M = x.shape[0]
     scale_rows = round_up(M, SCALE_COLUMNS)
-    groups, rest = divmod(K, ACTIVATION_GROUP)
-    tiles = rest == 0 and groups >= TILE_GROUPS and x.size * x.dtype.itemsize < _MAX_BYTES
+    tiles = in_tiles(x, K)
+    groups = K // ACTIVATION_GROUP
     if isinstance(prologue, RMSNorm):
         if tiles and groups <= _NORM_WARPGROUPS * _MAX_TILES * TILE_GROUPS:
             return quantize_normalized(prologue, x, layer, rows, scale_rows)
         x, prologue = prologue(x, layer[0]), None
     if tiles:
         return quantize_tokens(prologue, x, K, rows, scale_rows)
-    if prologue is not None:
-        x = prologue(x, layer[0])
+    if prologue is not None and K % ACTIVATION_GROUP:
+        x, prologue = prologue(x, layer[0]), None
     if M > TILE_GROUPS:  # fewer rows TMA pads itself
         x = jnp.pad(x, ((0, -M % TILE_GROUPS), (0, 0)))
-    return quantize_ragged(x, rows, scale_rows)
+    return quantize_ragged(prologue, x, K, rows, scale_rows)
+
+
+def in_tiles(x: Float[Array, "M A"], K: int) -> bool:
+    """Whether `quantize_tokens` takes x."""
+    groups, rest = divmod(K, ACTIVATION_GROUP)
+    return rest == 0 and groups >= TILE_GROUPS and x.size * x.dtype.itemsize < _MAX_BYTES
 
 
 def quantize_tokens(
@@ -92,6 +98,7 @@ def quantize_tokens(
     K: int,
     rows: int,
     scale_rows: int | None = None,
+    places: Int32[Array, " Mk"] | None = None,
 ) -> tuple[Float[Array, "rows K"], Float32[Array, "..."]]:
     """`quantize` of tokens of 8 or more whole groups, of which a thread block has 8.
 
@@ -101,11 +108,16 @@ def quantize_tokens(
       K: likewise.
       rows: likewise.
       scale_rows: of the scales; None to have the scales of a token side by side, `[M * groups]`.
+      places: the k rows that become the first token, then those of the second, and so on; without
+        them each token becomes one row, in order.
     """
     M, steps = x.shape[0], K // ACTIVATION_GROUP
     tiles = cdiv(steps, TILE_GROUPS)
+    targets = [] if places is None else [places]
+    copies = 1 if places is None else places.shape[0] // M
 
-    def kernel(x_gmem, q_gmem, s_gmem):
+    def kernel(x_gmem, *refs):
+        *places_gmem, q_gmem, s_gmem = refs
         block = lax.axis_index("block")
         m, tile = lax.div(block, tiles), lax.rem(block, tiles)
         # A tile that would pass the end overlaps the one before instead, and computes the same.
@@ -116,13 +128,18 @@ def quantize_tokens(
             halves = [load_groups(x_gmem, (2 * m + half) * steps + first) for half in range(2)]
             gate, up = (half.astype(jnp.float32) for half in halves)
             values = silu_mul(gate, up, x.dtype, GROUPS).astype(jnp.float32)
+        rows_of_m = [
+            jnp.clip(ref[m * copies + i], 0, rows - 1) for ref in places_gmem for i in range(copies)
+        ] or [m]
         qvalue, scale = quantize_groups(values)
-        groups = pl.ds(m * steps + first, TILE_GROUPS)
-        q_gmem[groups, :] = qvalue.astype(FP8)
-        at = s_gmem.at[groups]
-        if scale_rows is not None:
-            at = s_gmem.at[pl.ds(first, TILE_GROUPS), m]
-        store(at, scale)
+        qvalue = qvalue.astype(FP8)
+        for row in rows_of_m:
+            groups = pl.ds(row * steps + first, TILE_GROUPS)
+            q_gmem[groups, :] = qvalue
+            at = s_gmem.at[groups]
+            if scale_rows is not None:
+                at = s_gmem.at[pl.ds(first, TILE_GROUPS), row]
+            store(at, scale)
 
     qvalue, scale = plgpu.kernel(
         kernel,
@@ -136,7 +153,7 @@ def quantize_tokens(
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
         kernel_name="jaxquant_quantize_tokens",
-    )(*groups_of(x, prologue))
+    )(*groups_of(x, prologue), *targets)
     return qvalue.reshape(rows, K), scale
 
 
@@ -212,22 +229,24 @@ def quantize_normalized(
 
 
 def quantize_ragged(
-    x: Float[Array, "M K"], rows: int, scale_rows: int
+    prologue: SiluMul | None, x: Float[Array, "M A"], K: int, rows: int, scale_rows: int
 ) -> tuple[Float[Array, "rows K"], Float32[Array, "(K+127)//128 scale_rows"]]:
-    """`quantize` without a prologue, for K in whole groups or not.
+    """`quantize` without an RMSNorm, for K in whole groups or not.
 
     Args:
-      x: bfloat16 or float32; K a multiple of 32, M one of 8 or less than 8.
+      prologue: None if K is not in whole groups.
+      x: bfloat16 or float32; M a multiple of 8 or less than 8.
+      K: a multiple of 32.
       rows: of the values; those from M on are zeros.
       scale_rows: columns of the scales, a multiple of 64; those from M on are the least scale.
 
     Returns:
       float8_e4m3fn values `[rows, K]`, and float32 scales `[ceil(K / 128), scale_rows]`.
     """
-    K = x.shape[1]
+    halves = 1 if prologue is None else 2
     steps = cdiv(K, K_BLOCK)
     m_tiles = cdiv(max(rows, scale_rows), _RAGGED_TILE_M)
-    blocks = math.gcd(steps, _COPY_GROUPS)
+    blocks = math.gcd(steps, _COPY_GROUPS // halves)
     tile = (blocks, _RAGGED_TILE_M, K_BLOCK)
 
     def kernel(x_gmem, q_gmem, s_gmem, x_smem, q_smem, s_smem, landed):
@@ -238,12 +257,23 @@ def quantize_ragged(
             return pl.ds((kb0 + i) * K_BLOCK, K_BLOCK)
 
         for i in range(blocks):  # TMA reads what lies outside x as zeros
-            plgpu.copy_gmem_to_smem(x_gmem.at[tokens, columns(i)], x_smem.at[i], landed.at[i])
+            for half in range(halves):
+                of_half = pl.ds((half * steps + kb0 + i) * K_BLOCK, K_BLOCK)
+                plgpu.copy_gmem_to_smem(
+                    x_gmem.at[tokens, of_half], x_smem.at[half, i], landed.at[i]
+                )
 
         @pl.loop(0, blocks)
         def _quantize(i):
             plgpu.barrier_wait(landed.at[i])
-            v = plgpu.load(x_smem.at[i], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+
+            def load(half):
+                v = plgpu.load(x_smem.at[half, i], layout=plgpu.Layout.WGMMA)
+                return v.astype(jnp.float32)
+
+            v = load(0)
+            if prologue is not None:
+                v = silu_mul(v, load(1), x.dtype, plgpu.Layout.WGMMA).astype(jnp.float32)
             qvalue, scale = quantize_groups(v, plgpu.Layout.WGMMA)
             q_smem[i] = qvalue.astype(FP8)
             s_smem[i] = scale
@@ -262,11 +292,12 @@ def quantize_ragged(
             jax.ShapeDtypeStruct((steps, scale_rows), jnp.float32),
         ),
         scratch_types=[
-            plgpu.SMEM(tile, x.dtype, transforms=swizzled(K, x.dtype)),
+            plgpu.SMEM((halves, *tile), x.dtype, transforms=swizzled(K, x.dtype)),
             plgpu.SMEM(tile, FP8, transforms=swizzled(K, FP8)),
             plgpu.SMEM((blocks, _RAGGED_TILE_M), jnp.float32),
-            plgpu.Barrier(num_barriers=blocks),
+            plgpu.Barrier(num_arrivals=halves, num_barriers=blocks),
         ],
+        compiler_params=plgpu.CompilerParams(approx_math=prologue is not None),
         grid=(m_tiles, steps // blocks),
         grid_names=("m", "k"),
         kernel_name="jaxquant_quantize_ragged",

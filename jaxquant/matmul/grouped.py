@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int32
 
 from jaxquant.array import QuantizedArray
 from jaxquant.errors import JaxquantError
+from jaxquant.hopper import interpreted
 from jaxquant.matmul import mosaic_gpu
 from jaxquant.matmul.api import IMPLEMENTATIONS, matmul
 from jaxquant.matmul.partition import across_devices
@@ -23,7 +24,8 @@ _logger = logging.getLogger(__name__)
 # Rows that one step of the reference multiplies, at most: dequantizing a matrix costs about as
 # much as multiplying a few rows by it, so beyond that there is nothing to gain.
 _MAX_TILE = 128
-# So few that they are gathered before they are quantized: two kernels rather than three.
+# So few that the products gather them themselves, which takes longer where they are bound by the
+# tensor cores.
 _FEW_ROWS = 1024
 # Rows of a matrix that wgmma takes, which the kernel multiplies at once.
 _MIN_N = 64
@@ -35,6 +37,7 @@ def grouped_matmul(
     group_sizes: Int32[Array, " E"],
     *,
     rows: Int32[Array, " T"] | None = None,
+    places: Int32[Array, "S k"] | None = None,
     layer: Any = None,
     prologue: Prologue | None = None,
     preferred_element_type: Any = None,
@@ -52,6 +55,8 @@ def grouped_matmul(
       group_sizes: `[E]` int32. Rows beyond their sum come out as zeros.
       rows: `[T]` int32, which row of x is multiplied, sorted by group: rows that are in several
         groups are quantized once. Without it x is sorted by group itself.
+      places: `[S, k]` int32, the inverse of rows, if each of x is multiplied k times:
+        `rows[places[s, i]] == s`. With it many are written where they belong as they are quantized.
       layer: which of the stack, possibly traced.
       prologue: applied to x; see `jaxquant.matmul.prologue`.
       preferred_element_type: dtype of the result; default x's.
@@ -68,7 +73,7 @@ def grouped_matmul(
     >>> grouped_matmul(x, w, jnp.array([1, 2], jnp.int32))[:, 0].tolist()
     [1.0, 2.0, 2.0]
     """
-    _check(x, w, group_sizes, layer, prologue)
+    _check(x, w, group_sizes, rows, places, layer, prologue)
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise JaxquantError(
             f"grouped_matmul: implementation is {implementation!r}; "
@@ -78,7 +83,8 @@ def grouped_matmul(
     if not isinstance(w, QuantizedArray):
         x = _rows_of(x, rows, layer, prologue)
         return tiled(x, w, group_sizes, layer, out_dtype, implementation)
-    return _quantized(x, w, group_sizes, rows, layer, prologue, out_dtype, implementation)
+    order = rows, None if places is None else places.reshape(-1)
+    return _quantized(x, w, group_sizes, order, layer, prologue, out_dtype, implementation)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(6, 7))
@@ -86,15 +92,16 @@ def _quantized(
     x: Array,
     w: QuantizedArray,
     group_sizes: Array,
-    rows: Array | None,
+    order: tuple[Array | None, Array | None],
     layer: Any,
     prologue: Prologue | None,
     out_dtype: Any,
     implementation: str | None,
 ) -> Array:
+    rows, _ = order
     if implementation in (None, "mosaic_gpu"):
         try:
-            return _in_one_kernel(x, w, group_sizes, rows, layer, prologue, out_dtype)
+            return _in_one_kernel(x, w, group_sizes, order, layer, prologue, out_dtype)
         except NotImplementedError as reason:
             _logger.debug("grouped_matmul of x %s: a loop over tiles; %s", list(x.shape), reason)
     x = _rows_of(x, rows, layer, prologue)
@@ -106,7 +113,7 @@ def _straight_through(
     out_dtype: Any, implementation: str | None, primals: Any, tangents: Any
 ) -> tuple[Array, Array]:
     # As for `jaxquant.matmul`: quantizing x counts as the identity.
-    x, w, group_sizes, rows, layer, prologue = primals
+    x, w, group_sizes, (rows, _), layer, prologue = primals
     dx, *_, dprologue = tangents
     y = _quantized(*primals, out_dtype, implementation)
     _, dx = jax.jvp(
@@ -126,7 +133,7 @@ def _in_one_kernel(
     x: Array,
     w: QuantizedArray,
     group_sizes: Array,
-    rows: Array | None,
+    order: tuple[Array | None, Array | None],
     layer: Any,
     prologue: Prologue | None,
     out_dtype: Any,
@@ -136,6 +143,7 @@ def _in_one_kernel(
     Raises:
       NotImplementedError: the device or the operands are not what the kernel takes; says why.
     """
+    rows, places = order
     sms = mosaic_gpu.multiprocessors(x, "FP8 products")
     mosaic_gpu.check_operands(x, w, out_dtype)
     (N, K), T = w.qvalue.shape[-2:], len(x if rows is None else rows)
@@ -150,11 +158,11 @@ def _in_one_kernel(
             raise NotImplementedError(f"mosaic_gpu: {what}; the kernel of experts takes {allowed}")
     if not isinstance(prologue, SiluMul) and prologue is not None:
         x, prologue = prologue(x, layer), None
-    if rows is not None and T <= _FEW_ROWS:
+    if rows is not None and T <= _FEW_ROWS and interpreted():  # it takes no rows
         x, rows, prologue = _rows_of(x, rows, layer, prologue), None, None
     stacks = [a.reshape(-1, *a.shape[-2:]) for a in (w.qvalue, w.scale)]
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1)
-    return _kernels(sms)(x, (*stacks, prologue, None), (layer, group_sizes, rows))
+    return _kernels(sms)(x, (*stacks, prologue, None), (layer, group_sizes, rows, places))
 
 
 @functools.cache
@@ -181,10 +189,10 @@ def _run(
     """Quantizes x and multiplies."""
     # Imported here: Mosaic GPU is there only where jaxlib was built with it.
     from jaxquant.matmul import grouped_sm90
-    from jaxquant.matmul.act_quant_sm90 import quantize
+    from jaxquant.matmul.act_quant_sm90 import SCALE_COLUMNS, in_tiles, quantize, quantize_tokens
     from jaxquant.matmul.sm90 import in_stack, round_up
 
-    (qvalue, scale, prologue, _), (layer, group_sizes, rows) = stacks, index
+    (qvalue, scale, prologue, _), (layer, group_sizes, rows, places) = stacks, index
     E, (N, K) = group_sizes.shape[0], qvalue.shape[1:]
     if out_dtype != jnp.bfloat16:  # the part of a sum that a device of a mesh has
         one = qvalue, scale, None, None
@@ -194,17 +202,21 @@ def _run(
             return mosaic_gpu._run(x, None, one, at, out_dtype=out_dtype, sms=sms)
 
         return _tiled(_rows_of(x, rows, layer[0], prologue), group_sizes, N, out_dtype, product)
-    xq, sx = quantize(prologue, x, layer, K, round_up(len(x), 8))
-    T = len(x)
-    if rows is not None:
-        T = len(rows)
-        xq = _take_bytes(xq, jnp.pad(rows, (0, -T % 8)))
-        sx = sx[:, jnp.pad(rows, (0, -T % 64))]
+    T = len(x if rows is None else rows)
+    if T > _FEW_ROWS and places is not None and in_tiles(x, K):
+        padded = round_up(T, 8), round_up(T, SCALE_COLUMNS)
+        xq, sx = quantize_tokens(prologue, x, K, *padded, places)
+        rows = None
+    else:
+        xq, sx = quantize(prologue, x, layer, K, round_up(len(x), 8))
+        if rows is not None and T > _FEW_ROWS:
+            xq = _take_bytes(xq, jnp.pad(rows, (0, -T % 8)))
+            sx = sx[:, jnp.pad(rows, (0, -T % SCALE_COLUMNS))]
+            rows = None
     config = grouped_sm90.default_config(T, E, N, sms)
     return grouped_sm90.grouped(
-        xq, sx, qvalue, scale, group_sizes, layer,
-        T=T, out_dtype=out_dtype, config=config, sms=sms,
-    )  # fmt: skip
+        xq, sx, qvalue, scale, group_sizes, layer, rows, T=T, config=config, sms=sms
+    )
 
 
 def _take_bytes(xq: Array, rows: Array) -> Array:
@@ -264,7 +276,9 @@ def _storage(w: QuantizedArray | Array) -> Array:
     return w.qvalue if isinstance(w, QuantizedArray) else w
 
 
-def _check(x: Any, w: Any, group_sizes: Any, layer: Any, prologue: Any) -> None:
+def _check(
+    x: Any, w: Any, group_sizes: Any, rows: Any, places: Any, layer: Any, prologue: Any
+) -> None:
     shape = _storage(w).shape
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise JaxquantError(f"grouped_matmul: x has dtype {x.dtype}; allowed: a floating dtype")
@@ -283,3 +297,10 @@ def _check(x: Any, w: Any, group_sizes: Any, layer: Any, prologue: Any) -> None:
             f"grouped_matmul: group_sizes is {group_sizes.dtype}{list(group_sizes.shape)}; "
             f"allowed: one integer for each of the {shape[-3]} matrices"
         )
+    if places is not None:
+        given = 0 if rows is None else len(rows)
+        if places.ndim != 2 or len(places) != len(x) or places.size != given:
+            raise JaxquantError(
+                f"grouped_matmul: places is {list(places.shape)} for {given} rows of {len(x)} "
+                "tokens; allowed: [tokens, k], the rows k times the tokens"
+            )

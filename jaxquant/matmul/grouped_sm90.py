@@ -6,11 +6,11 @@ tokens: little is computed in vain for a few tokens, and a large group is cut in
 
 Which tiles there are follows from the group sizes, which only the device knows. The producer of
 each thread block makes a table of where groups and their tiles end, looks its tiles up in it, and
-tells the consumers through the ring.
+tells the consumers through the ring. A few tokens it gathers itself, by their numbers; many are
+sorted by group when it gets them.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from jaxquant.matmul import gemm_wgmma_sm90 as tensor_cores
+from jaxquant.hopper import interpreted
+from jaxquant.matmul import gather_sm90 as gather, gemm_wgmma_sm90 as tensor_cores
+from jaxquant.matmul.scan_sm90 import running_sums
 from jaxquant.matmul.sm90 import (
     FP8,
     K_BLOCK,
@@ -33,31 +35,30 @@ from jaxquant.matmul.sm90 import (
     producer_registers,
     ring_stages,
     round_up,
-    store,
     swizzled,
     zero_accumulator,
 )
+from jaxquant.matmul.store_sm90 import STAGED, store_transposed
 
 # Rows of wgmma, and warpgroups that multiply: each has so many rows of a tile.
 _WGMMA_ROWS = 64
 _CONSUMERS = 2
 _MAX_STAGES = 12
-# Rows of a tile of two waves, and tokens, at most: what a thread's registers hold.
+# Rows of a tile of two waves, and tokens, at most: a thread's registers hold the sums of both waves
+# and the products that are under way. One wave after the other leaves room for 120 tokens; that
+# takes 451 us for 4096 tokens and 128 experts of 1536 x 4096, this 433.
 _WIDE_N = 256
-_WIDE_TOKENS = 120
+_WIDE_TOKENS = 96
 # Tiles begin at multiples of so many tokens: TMA counts in whole tiles of SMEM.
 _ALIGNMENT = 8
-# Entries of the table that a warpgroup makes at a time.
-_ENTRIES = 64
-# Sizes that it adds up at a time.
-_SIZES = 128
-# 8 tokens by 64 columns over a warpgroup: 16 threads a token, 4 values each.
-_TOKENS_8 = plgpu.Layout.TILED(
-    plgpu.Tiling(((_ALIGNMENT, _WGMMA_ROWS), (2, _WGMMA_ROWS), (4,))),
-    warp_dims=(-5,),
-    lane_dims=(-3, -2),
-    vector_dim=-1,
-)
+# So many numbers of rows are loaded as the kernel begins, more of them tile by tile.
+_ROWS_AT_ONCE = 512
+
+
+def _fence() -> None:
+    """None on a GPU: loads are through long before their thread lets the copy go."""
+    if interpreted():
+        plgpu.commit_smem()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Config:
       widths: tokens that a tile may have, ascending multiples of 8. A tile takes the least that
         holds what it has, and a group with more than the last is cut.
       tile_n: rows of the weight in a tile: a multiple of 8 from 64 to 128, at most N; or 256, of
-        an N in multiples of 128, with up to 120 tokens.
+        an N in multiples of 128, with up to 96 tokens.
     """
 
     widths: tuple[int, ...]
@@ -94,7 +95,7 @@ def default_config(T: int, E: int, N: int, sms: int) -> Config:
     elif mean <= 144 or N % _WIDE_N:
         widths = (64, 96, 112, 120, 128, 136, 144)
     else:
-        # What most groups are cut into, their neighbours, and what is left of odd ones.
+        # What most groups are cut into, its neighbours, and what is left of odd ones.
         cuts = cdiv(round(mean) + _ALIGNMENT - 1, _WIDE_TOKENS)
         usual = round_up(cdiv(round(mean) + _ALIGNMENT // 2, cuts), _ALIGNMENT)
         near = (w for w in (usual - 8, usual, usual + 8) if w < _WIDE_TOKENS)
@@ -118,54 +119,55 @@ def grouped(
     sw: Float32[Array, "LE (N+127)//128 (K+127)//128"],
     group_sizes: Int32[Array, " E"],
     layer: Int32[Array, "1"],
+    rows: Int32[Array, " T"] | None = None,
     *,
     T: int,
-    out_dtype: Any,
     config: Config,
     sms: int,
 ) -> Float[Array, "T N"]:
     """`y[t, n] = sum_kb (xq[t, kb] . w[n, kb]) * sx[kb, t] * s[n // 128, kb]`, (w, s) of t's group.
 
     Args:
-      xq: float8_e4m3fn, sorted by group; T rounded up to a multiple of 8; K a multiple of 128.
-      sx: the scales of xq, transposed; S is T rounded up to a multiple of 64.
+      xq: float8_e4m3fn, sorted by group; T rounded up to a multiple of 8; K a multiple of 128. Or
+        with `rows` any rows.
+      sx: the scales of xq, transposed; S is T rounded up to a multiple of 64, or with `rows` any.
       wq: float8_e4m3fn, a stack of layers of E matrices, read in place; N a multiple of 8, at
         least 64.
       sw: the scales of wq.
       group_sizes: tokens of each group. Those beyond their sum come out as zeros.
       layer: which of the stack.
+      rows: for each token which row of xq it is, sorted by group.
       T: tokens.
-      out_dtype: bfloat16 or float32.
       config: see `default_config`.
       sms: multiprocessors of the GPU.
 
     Returns:
-      `[T, N]` of `out_dtype`.
+      bfloat16 `[T, N]`.
     """
     (matrices, N, K), E = wq.shape, group_sizes.shape[0]
-    out_dtype = jnp.dtype(out_dtype)
     widths, tile_n = config.widths, config.tile_n
     most, waves = widths[-1], config.waves
     steps, n_tiles, scale_rows = cdiv(K, K_BLOCK), cdiv(N, tile_n), cdiv(N, SCALE_ROWS)
-    scale_cols = min(most, sx.shape[1])
+    gathers = rows is not None
+    all_rows = gathers and T <= _ROWS_AT_ONCE
+    rows_loaded = round_up(T if all_rows else most, 32)
+    scale_cols = most if gathers else min(most, sx.shape[1])
     # Whether a consumer's rows may have two scales.
     straddles = tile_n % _WGMMA_ROWS != 0 or N % _WGMMA_ROWS != 0
-    # The store that transposes without conflicts is there for whole tiles of 16-bit values.
-    tiled_y = not straddles and out_dtype.itemsize == 2
-    padded_groups = round_up(E, _SIZES) if E > _SIZES else round_up(E, 8)
-    entries = round_up(padded_groups, _ENTRIES)
-    group_sizes = jnp.pad(group_sizes.astype(jnp.int32), (0, padded_groups - E))
     slot_bytes = (tile_n + most) * K_BLOCK + round_up(scale_cols, 32) * 4 + 32
     # Mosaic aligns each array to 1024 bytes.
     other_bytes = (
-        (most + 2 * _ALIGNMENT) * _CONSUMERS * _WGMMA_ROWS * out_dtype.itemsize
-        + round_up(2 * entries * 4, 1024)
-        + 3 * 1024
+        STAGED * _CONSUMERS * _WGMMA_ROWS * 2
+        + round_up(2 * E * 4, 1024)
+        + round_up(rows_loaded * 4, 1024)
+        + 4 * 1024
     )
     stages = ring_stages(slot_bytes, other_bytes, steps, _MAX_STAGES)
 
-    def kernel(x_gmem, sx_gmem, w_gmem, sw_gmem, sizes_gmem, layer_gmem, y_gmem, *scratch):
-        x_smem, w_smem, sx_smem, y_smem, edges, table, found, full, empty, tabled = scratch
+    def kernel(x_gmem, sx_gmem, w_gmem, sw_gmem, sizes_gmem, layer_gmem, *refs):
+        rows_gmem, refs = (refs[0], refs[1:]) if gathers else (None, refs)
+        y_gmem, x_smem, w_smem, sx_smem, y_smem, *refs = refs
+        table, found, rows_smem, landed, full, empty, tabled = refs
         last_row, last_tile = table.at[0], table.at[1]
         warpgroup = lax.axis_index("warpgroup")
         base = in_stack(layer_gmem[0], matrices // E) * E
@@ -174,51 +176,21 @@ def grouped(
             """Tiles along the tokens of a group, wherever it begins."""
             return jnp.where(size > 0, lax.div(size + (_ALIGNMENT - 1 + most - 1), most), 0)
 
-        def make_table():
-            """Where each group and its tiles end. A warpgroup adds up all sizes in parallel."""
-            layout = plgpu.Layout.WGMMA
-            at_once = min(_SIZES, padded_groups)
-            entry, e = (
-                plgpu.broadcasted_iota(jnp.int32, (_ENTRIES, at_once), axis, layout=layout)
-                for axis in (0, 1)
-            )
-            parts = range(0, padded_groups, at_once)
-            sizes = [
-                plgpu.load(
-                    sizes_gmem.at[pl.ds(part, at_once)], layout=layout.reduce(0), optimized=False
-                )
-                for part in parts
-            ]
-            for first in range(0, entries, _ENTRIES):
-                rows = tiles = None
-                for part, size in zip(parts, sizes, strict=True):
-                    upto = part + e <= first + entry
-
-                    def add_up(total, values, upto=upto):
-                        values = lax.broadcast_in_dim(values, upto.shape, [1])
-                        added = jnp.sum(jnp.where(upto, values, 0), axis=1)
-                        return added if total is None else total + added
-
-                    rows, tiles = add_up(rows, size), add_up(tiles, tiles_of(size) * n_tiles)
-                last_row[pl.ds(first, _ENTRIES)] = rows
-                last_tile[pl.ds(first, _ENTRIES)] = tiles
-            plgpu.commit_smem()
-
         def all_tiles():
             """How many there are, those of the tokens beyond all groups included."""
-            return last_tile[E - 1] + tiles_of(T - last_row[E - 1]) * n_tiles
+            return (last_tile[E - 1] + tiles_of(T - last_row[E - 1])) * n_tiles
 
         def find(tile):
             """A tile's group, first row of the weight, first token, and tokens from and to."""
             group = jnp.int32(0)
             for bit in reversed(range(E.bit_length())):
                 further = group + (1 << bit)
-                before = last_tile[jnp.minimum(further, E) - 1] <= tile
+                before = last_tile[jnp.minimum(further, E) - 1] * n_tiles <= tile
                 group = jnp.where((further <= E) & before, further, group)
             previous = jnp.maximum(group - 1, 0)
             start = jnp.where(group == 0, 0, last_row[previous])
             stop = jnp.where(group == E, T, jnp.minimum(last_row[jnp.minimum(group, E - 1)], T))
-            index = tile - jnp.where(group == 0, 0, last_tile[previous])
+            index = tile - jnp.where(group == 0, 0, last_tile[previous]) * n_tiles
             offset = lax.rem(start, _ALIGNMENT)
             count = jnp.maximum(tiles_of(stop - start), 1)
             width = lax.div(offset + stop - start + count - 1, count)
@@ -244,33 +216,52 @@ def grouped(
 
         @pl.when(warpgroup == _CONSUMERS)
         def _producer():
-            make_table()
+            if gathers:
+                gather.init(landed, stages)
+            if all_rows:
+                gather.start_rows(rows_gmem, rows_smem)
+            running_sums(sizes_gmem, table, most, _ALIGNMENT - 1)
+            if all_rows:
+                gather.wait_for_rows()
+            plgpu.commit_smem()
             plgpu.barrier_arrive(tabled)
             producer_registers()
 
-            def copy(tile, step, slot):
-                group, n0, begin, _, high = tile
-                block = pl.ds(step * K_BLOCK, K_BLOCK)
-                plgpu.copy_gmem_to_smem(
-                    w_gmem.at[matrix(group), pl.ds(pl.multiple_of(n0, 8), tile_n), block],
-                    w_smem.at[slot],
-                    full.at[slot],
-                )
+            def copy_tokens(begin, high, step, slot):
                 plgpu.copy_gmem_to_smem(
                     sx_gmem.at[step, pl.ds(first_scale(begin), scale_cols)],
                     sx_smem.at[slot, pl.ds(0, scale_cols)],
                     full.at[slot],
                 )
-                choice = choose(high)
+                choice, block = choose(high), pl.ds(step * K_BLOCK, K_BLOCK)
                 for i, width in enumerate(widths):
 
                     @pl.when(choice == i)
-                    def _copy_tokens(width=width):
+                    def _copy(width=width):
                         plgpu.copy_gmem_to_smem(
                             x_gmem.at[pl.ds(pl.multiple_of(begin, _ALIGNMENT), width), block],
                             x_smem.at[slot, pl.ds(0, width)],
                             full.at[slot],
                         )
+
+            def gather_tokens(begin, high, step, slot):
+                if not all_rows:
+
+                    @pl.when(step == 0)
+                    def _load_rows():
+                        gather.load_rows(rows_gmem, begin, rows_smem)
+
+                first = begin if all_rows else 0
+                tokens = x_gmem, sx_gmem, rows_smem, first, high
+                gather.start(*tokens, step, slot, x_smem, sx_smem, landed, K)
+
+            def copy(tile, step, slot):
+                group, n0, begin, _, high = tile
+                rows, block = pl.ds(pl.multiple_of(n0, 8), tile_n), pl.ds(step * K_BLOCK, K_BLOCK)
+                plgpu.copy_gmem_to_smem(
+                    w_gmem.at[matrix(group), rows, block], w_smem.at[slot], full.at[slot]
+                )
+                (gather_tokens if gathers else copy_tokens)(begin, high, step, slot)
 
                 @pl.when(step == 0)
                 def _tell():
@@ -279,7 +270,7 @@ def grouped(
 
                 plgpu.barrier_arrive(full.at[slot])
 
-            fill_ring(all_tiles(), steps, stages, empty, copy, find=find)
+            fill_ring(all_tiles(), steps, stages, empty, copy, _fence, find)
 
         @pl.when(warpgroup < _CONSUMERS)
         def _consumer():
@@ -297,12 +288,24 @@ def grouped(
                 row = lax.div(n0 + n_offset, SCALE_ROWS)
                 return (load(row), load(row + 1)) if straddles else (load(row),)
 
-            def await_tile(slot, tile_before, is_one):
+            # A place is a slot, and in which turn of the ring, counted modulo 2.
+            def await_slot(place):
+                slot, turn = place
+                plgpu.barrier_wait(full.at[slot])
+                if gathers:
+                    gather.wait(landed, slot, turn)
+
+            def next_place(place):
+                slot, turn = place
+                return next_slot(slot, stages), jnp.where(slot == stages - 1, 1 - turn, turn)
+
+            def await_tile(place, tile_before, is_one):
                 """What the producer found, and the tile's first scales."""
+                slot, _ = place
 
                 @pl.when(is_one)
                 def _wait():
-                    plgpu.barrier_wait(full.at[slot])
+                    await_slot(place)
 
                 tile = tuple(
                     jnp.where(is_one, found[slot, i], before)
@@ -310,11 +313,11 @@ def grouped(
                 )
                 return tile, load_scales(tile[0], tile[1], 0)
 
-            def main_loop(width, tile, slot, scales):
+            def main_loop(width, tile, place, scales):
                 """The sums of 64 rows of the weight at a time by the tokens of a tile."""
                 group, n0, begin, *_ = tile
                 tokens = pl.ds(0, width)
-                scale_tokens = pl.ds(begin - first_scale(begin), width)
+                scale_tokens = pl.ds(0 if gathers else begin - first_scale(begin), width)
                 meeting = SCALE_ROWS - lax.rem(n0 + n_offset, SCALE_ROWS)
 
                 def promote(total, block, x_scale, scales):
@@ -328,139 +331,104 @@ def grouped(
                     return total + block * lax.broadcast_in_dim(x_scale, block.shape, [1]) * w_scale
 
                 def start(slot, wave, block):
+                    """Starts a product."""
                     w_rows = pl.ds(n_offset + wave * _WGMMA_ROWS, _WGMMA_ROWS)
                     return tensor_cores.start(w_smem, x_smem, slot, w_rows, tokens, block, K)
+
+                def await_block(step, place):
+                    @pl.when(step < steps)
+                    def _wait():
+                        await_slot(place)
+
+                def load_x_scale(slot):
+                    layout = plgpu.Layout.WGMMA.reduce(0)
+                    return plgpu.load(sx_smem.at[slot, scale_tokens], layout=layout)
 
                 # What a step begins with was awaited by the one before, in the shadow of its
                 # products.
                 def add_block(step, carry):
-                    slot, scales, block, totals = carry
-                    scales_next = load_scales(group, n0, step + 1)
-                    slot_next = next_slot(slot, stages)
+                    place, scales, (block,), (total,) = carry
+                    slot, _ = place
+                    place_next = next_place(place)
                     block = start(slot, 0, block)
-                    x_scale = plgpu.load(
-                        sx_smem.at[slot, scale_tokens], layout=plgpu.Layout.WGMMA.reduce(0)
-                    )
+                    x_scale = load_x_scale(slot)
+                    await_block(step + 1, place_next)
+                    # Behind the fence, which waits for loads as well.
+                    scales_next = load_scales(group, n0, step + 1)
+                    block = tensor_cores.wait(block, K)
+                    plgpu.barrier_arrive(empty.at[slot])
+                    total = promote(total, block, x_scale, scales)
+                    return place_next, scales_next, (block,), (total,)
 
-                    @pl.when(step + 1 < steps)
-                    def _await_next():
-                        plgpu.barrier_wait(full.at[slot_next])
+                # The product of one wave goes on while the other's is promoted. It takes a ring of
+                # two slots, which all tiles so small have.
+                def add_waves(step, carry):
+                    place, scales, (block, other), (total, other_total) = carry
+                    slot, _ = place
+                    place_next = next_place(place)
+                    block = start(slot, 0, block)
+                    x_scale = load_x_scale(slot)
+                    other = start(slot, 1, other)
+                    scales_next = load_scales(group, n0, step + 1)
+                    block = tensor_cores.wait(block, K, pending=1)
+                    total = promote(total, block, x_scale, scales)
+                    # It branches: without, the compiler moves half of the promotion behind the
+                    # wait for the other product, and out of its shadow.
+                    await_block(step + 1, place_next)
+                    other = tensor_cores.wait(other, K)
+                    plgpu.barrier_arrive(empty.at[slot])
+                    other_total = promote(other_total, other, x_scale, scales)
+                    return place_next, scales_next, (block, other), (total, other_total)
 
-                    sums = []
-                    for wave, total in enumerate(totals):
-                        if wave > 0:
-                            block = start(slot, wave, block)
-                        block = tensor_cores.wait(block, K)
-                        if wave == waves - 1:
-                            plgpu.barrier_arrive(empty.at[slot])
-                        sums.append(promote(total, block, x_scale, scales))
-                    return slot_next, scales_next, block, tuple(sums)
+                zeros = (zero_accumulator(_WGMMA_ROWS, width),) * waves
+                carry = place, scales, zeros, zeros
+                body = add_waves if waves > 1 else add_block
+                place, _, _, totals = lax.fori_loop(0, steps, body, carry)
+                return place, totals
 
-                zero = zero_accumulator(_WGMMA_ROWS, width)
-                init = slot, scales, zero, (zero,) * waves
-                slot, _, _, totals = lax.fori_loop(0, steps, add_block, init)
-                return slot, totals
-
-            def epilogue(width, total, tile, wave):
-                """Registers to SMEM to GMEM, where the rows of other groups are not to be touched.
-
-                Copies have sizes that are known beforehand: those of the bits of a number of rows.
-                """
-                _, n0, begin, low, high = tile
+            def epilogue(total, tile, wave):
+                """Registers to GMEM, where the rows of other groups are not to be touched."""
+                group, n0, begin, low, high = tile
+                # Tokens beyond all groups.
+                total = jnp.where(jnp.broadcast_to(group < E, total.shape), total, 0.0)
                 column = n0 + n_offset + wave * _WGMMA_ROWS
-                if not straddles:
-                    column = pl.multiple_of(column, _WGMMA_ROWS)
-                columns = pl.ds(column, _WGMMA_ROWS)
-
-                def store_rows(source, row, rows, target_row, sizes):
-                    for size in sizes:
-
-                        @pl.when((rows & size) != 0)
-                        def _store(row=row, target_row=target_row, size=size):
-                            plgpu.copy_smem_to_gmem(
-                                source.at[pl.ds(pl.multiple_of(row, sizes[-1]), size)],
-                                y_gmem.at[
-                                    pl.ds(pl.multiple_of(target_row, sizes[-1]), size), columns
-                                ],
-                            )
-
-                        row += rows & size
-                        target_row += rows & size
-
-                y = total.astype(out_dtype)
-                if out_dtype.itemsize == 2:
-                    y = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                if not tiled_y:
-                    store(y_smem.at[warpgroup, pl.ds(0, width)].T, y)
-                    plgpu.commit_smem()
-                    sizes = [s for s in (128, 64, 32, 16, 8, 4, 2, 1) if s <= min(width, T)]
-                    store_rows(y_smem.at[warpgroup], low, high - low, begin + low, sizes)
-                    return
-                y_smem.at[warpgroup, pl.ds(0, width)].T[...] = y
-                plgpu.commit_smem()
-                # What is in whole tiles of SMEM, and the tokens before and behind it.
-                low8 = lax.div(low + _ALIGNMENT - 1, _ALIGNMENT) * _ALIGNMENT
-                high8 = lax.div(high, _ALIGNMENT) * _ALIGNMENT
-                behind = jnp.maximum(jnp.minimum(low8, high), high8)
-                sizes = [s for s in (128, 64, 32, 16, 8) if s <= min(width, T)]
-                whole = jnp.maximum(high8 - low8, 0)
-                store_rows(y_smem.at[warpgroup], low8, whole, begin + low8, sizes)
-                for i, (start, stop) in enumerate(((low, jnp.minimum(low8, high)), (behind, high))):
-
-                    @pl.when(stop > start)
-                    def _store_edge(i=i, start=start, stop=stop):
-                        block = lax.div(start, _ALIGNMENT) * _ALIGNMENT
-                        block = pl.multiple_of(block, _ALIGNMENT)
-                        source = y_smem.at[warpgroup, pl.ds(block, _ALIGNMENT)]
-                        edges[warpgroup, i] = plgpu.load(source, layout=_TOKENS_8, optimized=False)
-                        plgpu.commit_smem()
-                        sizes = [s for s in (4, 2, 1) if s <= T]
-                        at = edges.at[warpgroup, i]
-                        store_rows(at, start - block, stop - start, begin + start, sizes)
+                store_transposed(total, y_smem.at[warpgroup], y_gmem, begin, column, low, high)
 
             tiles = all_tiles()
 
             def do_tile(index, carry):
-                slot, tile, scales = carry
+                place, tile, scales = carry
 
                 def of_width(width):
-                    def run(slot):
-                        slot, totals = main_loop(width, tile, slot, scales)
+                    def run(place):
+                        place, totals = main_loop(width, tile, place, scales)
                         # Before the results are stored, so that the scales arrive meanwhile.
-                        following = await_tile(slot, tile, index + sms < tiles)
-                        in_group = jnp.broadcast_to(tile[0] < E, totals[0].shape)
+                        following = await_tile(place, tile, index + sms < tiles)
                         for wave, total in enumerate(totals):
-                            epilogue(width, jnp.where(in_group, total, 0.0), tile, wave)
-                        return slot, *following
+                            epilogue(total, tile, wave)
+                        return place, *following
 
                     return run
 
-                return lax.switch(choose(tile[4]), [of_width(w) for w in widths], slot)
+                return lax.switch(choose(tile[4]), [of_width(w) for w in widths], place)
 
-            slot, none = jnp.int32(0), (jnp.int32(0),) * 5
+            place, none = (jnp.int32(0),) * 2, (jnp.int32(0),) * 5
             has_one = lax.axis_index("sm") < tiles
-            for_each_tile(tiles, (slot, *await_tile(slot, none, has_one)), do_tile)
-            plgpu.wait_smem_to_gmem(0)
+            for_each_tile(tiles, (place, *await_tile(place, none, has_one)), do_tile)
 
-    # TMA stores whole tiles of 8 rows, or fewer than 8.
-    y_rows = T if T < _ALIGNMENT else round_up(T, _ALIGNMENT)
-    y = plgpu.kernel(
+    return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((y_rows, N), out_dtype),
+        out_type=jax.ShapeDtypeStruct((T, N), jnp.bfloat16),
         scratch_types=[
             plgpu.SMEM((stages, most, K_BLOCK), FP8, transforms=swizzled(K, FP8)),
             plgpu.SMEM((stages, tile_n, K_BLOCK), FP8, transforms=swizzled(K, FP8)),
             plgpu.SMEM((stages, round_up(scale_cols, 32)), jnp.float32),
-            plgpu.SMEM(
-                (_CONSUMERS, most, _WGMMA_ROWS),
-                out_dtype,
-                transforms=swizzled(_WGMMA_ROWS, out_dtype) if tiled_y else (),
-            ),
-            plgpu.SMEM((_CONSUMERS, 2, _ALIGNMENT, _WGMMA_ROWS), out_dtype),
-            plgpu.SMEM((2, entries), jnp.int32),
+            plgpu.SMEM((_CONSUMERS, STAGED, _WGMMA_ROWS), jnp.bfloat16),
+            plgpu.SMEM((2, E), jnp.int32),
             plgpu.SMEM((stages, 8), jnp.int32),
-            plgpu.Barrier(num_arrivals=4, num_barriers=stages),
+            plgpu.SMEM((rows_loaded,), jnp.int32),
+            gather.BARRIERS,
+            plgpu.Barrier(num_arrivals=2 if gathers else 4, num_barriers=stages),
             plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=stages),
             plgpu.Barrier(),
         ],
@@ -475,7 +443,7 @@ def grouped(
         sx,
         wq,
         sw,
-        group_sizes,
+        group_sizes.astype(jnp.int32),
         layer,
+        *([rows] if gathers else []),
     )
-    return y[:T]

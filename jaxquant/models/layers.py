@@ -129,11 +129,13 @@ class ExpertLinear(nnx.Module):
         layer: Any,
         *,
         rows: Int[Array, " T"] | None = None,
+        places: Int[Array, "S k"] | None = None,
         prologue: Prologue | None = None,
     ) -> Float[Array, "T _"]:
         """The projections of one layer, one behind the other; see `grouped_matmul`."""
+        w = self.weight.get_value()
         y = grouped_matmul(
-            x, self.weight.get_value(), group_sizes, rows=rows, layer=layer, prologue=prologue
+            x, w, group_sizes, rows=rows, places=places, layer=layer, prologue=prologue
         )
         if sum(end - start for start, end in self.rows) == y.shape[1]:
             return y

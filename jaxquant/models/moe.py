@@ -1,6 +1,7 @@
 """Mixture of experts: routing, and the experts of a token as a product over groups of tokens."""
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -139,11 +140,11 @@ def apply_experts(
       weights: of the chosen experts.
       experts: their numbers.
       num_experts: how many there are.
-      run: the experts: x, which of its rows to take, `[T * k]` sorted by expert, and how many there
-        are of each expert, to rows `[T * k, K]`.
+      run: the experts: x, which of its rows to take, `[T * k]` sorted by expert, where each is
+        then, `[T, k]`, and how many there are of each expert, to rows `[T * k, K]`.
     """
     rows, places, sizes = sorted_by_expert(experts, num_experts)
-    y = run(x, rows, sizes)[places].astype(jnp.float32)
+    y = run(x, rows, places, sizes)[places].astype(jnp.float32)
     return jnp.sum(weights[..., None] * y, axis=1).astype(x.dtype)
 
 
@@ -238,11 +239,12 @@ class Experts(nnx.Module):
         self,
         x: Float[Array, "T K"],
         rows: Int32[Array, " Tk"],
+        places: Int32[Array, "T k"],
         group_sizes: Int32[Array, " E"],
         l: Any,
     ) -> Float[Array, "Tk K"]:
         """Applies the experts of one layer to rows of x, which are sorted by expert."""
-        gate_up = self.gate_up_proj(x, group_sizes, l, rows=rows)
+        gate_up = self.gate_up_proj(x, group_sizes, l, rows=rows, places=places)
         return self.down_proj(gate_up, group_sizes, l, prologue=SiluMul())
 
 
@@ -263,7 +265,7 @@ class MoE(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])
         weights, experts = self.gate(rows, l, self.routing)
         E = self.routing.num_experts
-        y = apply_experts(rows, weights, experts, E, lambda x, of, n: self.experts(x, of, n, l))
+        y = apply_experts(rows, weights, experts, E, functools.partial(self.experts, l=l))
         return y.reshape(x.shape)
 
 

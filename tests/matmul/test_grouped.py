@@ -106,6 +106,7 @@ def test_a_step_over_layers_copies_no_experts():
         ({"layer": 0}, r"w is stored as \[2, 6, 4\]; allowed: \[L, E, N, K\]"),
         ({"group_sizes": jnp.ones(3, jnp.int32)}, "one integer for each of the 2 matrices"),
         ({"group_sizes": jnp.ones(2)}, "group_sizes is float32"),
+        ({"places": jnp.ones((3, 2), jnp.int32)}, r"places is \[3, 2\] for 0 rows of 3 tokens"),
         ({"implementation": "fast"}, "implementation is 'fast'; allowed: mosaic_gpu, xla"),
     ],
 )

@@ -11,6 +11,8 @@ pytestmark = needs_plugin
 
 L, E, N, K = 2, 16, 1536, 4096
 ROWS = [1, 8, 128, 512, 4096]
+# Of tokens that go to 8 experts each: loaded at once, tile by tile, and written to their places.
+TOKENS = [1, 100, 512]
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,13 @@ def test_experts_are_read_in_place(compiled, i):
     }
     assert {dtype for dtype, _ in large} == {"f8e4m3fn"}
     assert {opcode for _, opcode in large} <= {"parameter", "bitcast", "get-tuple-element"}
+
+
+@pytest.mark.parametrize("i", range(len(TOKENS)))
+def test_tokens_are_gathered_by_the_kernels(compiled, i):
+    text = compiled[len(ROWS) + i]
+    assert "jaxquant_grouped_fp8" in text
+    assert " gather(" not in text
 
 
 def compile_all() -> list[str]:
@@ -57,7 +66,16 @@ def compile_all() -> list[str]:
         product = jax.jit(lambda x, w, sizes, layer: grouped_matmul(x, w, sizes, layer=layer))
         return product.lower(*operands).compile().as_text()
 
-    return [compile_rows(T) for T in ROWS]
+    def compile_tokens(S):
+        order = shaped((S * 8,), jnp.int32), shaped((S, 8), jnp.int32)
+        operands = shaped((S, K), jnp.bfloat16), w, shaped((E,), jnp.int32), shaped((), jnp.int32)
+
+        def product(x, w, sizes, layer, rows, places):
+            return grouped_matmul(x, w, sizes, rows=rows, places=places, layer=layer)
+
+        return jax.jit(product).lower(*operands, *order).compile().as_text()
+
+    return [compile_rows(T) for T in ROWS] + [compile_tokens(S) for S in TOKENS]
 
 
 if __name__ == "__main__":

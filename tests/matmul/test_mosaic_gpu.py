@@ -179,7 +179,9 @@ def prologue_of(name: str, K: int, dtype: np.dtype = BF16) -> Any:
 @pytest.mark.parametrize(
     ("M", "K", "name", "dtype"),
     [
-        (131, 128, "silu_mul", F32),  # by XLA, as what has few groups
+        (131, 128, "silu_mul", F32),
+        (9, 768, "silu_mul", BF16),  # few groups
+        (5, 96, "silu_mul", BF16),  # by XLA, as what is in no whole groups
         (8, 160, "rms_norm", BF16),  # likewise
         (13, 1024, "rms_norm", F32),
         (3, 1152, "rms_norm", BF16),  # the last 8 groups overlap the ones before
@@ -254,6 +256,12 @@ def test_scales_of_a_token_side_by_side(hopper, prologue):
     x = tokens((2, 1152 if prologue is None else 2304))
     qvalue, scale = quantize_tokens(prologue, x, 1152, 2)
     assert_quantized(qvalue, scale.reshape(2, -1), x if prologue is None else prologue(x))
+
+
+def test_a_token_becomes_several_rows(hopper):
+    x, places = tokens((3, 1024)), jnp.asarray([4, 0, 1, 5, 2, 3], jnp.int32)
+    qvalue, scale = quantize_tokens(None, x, 1024, 8, 64, places)
+    assert_quantized(qvalue[:6], scale.T[:6], x[jnp.asarray([0, 1, 2, 2, 0, 1])])
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def run_all() -> dict:
     def experts_stand_in(x, residual, stacks, index, *, out_dtype, sms):
         qvalue, scale, prologue, _ = stacks
         assert qvalue.shape[1] % 128 == 0
-        layer, sizes, rows = index
+        layer, sizes, rows, _ = index
         w = QuantizedArray(qvalue, scale, (128, 128), np.dtype(jnp.bfloat16))
         w = jax.tree.map(lambda leaf: leaf.reshape(-1, len(sizes), *leaf.shape[1:]), w)
         x = (x if prologue is None else prologue(x))[rows]

@@ -73,8 +73,9 @@ def test_experts_of_each_token_are_added_up_by_weight():
     x, w = rng.standard_normal((T, K)), rng.standard_normal((E, K, K))
     weights, experts = Routing(E, 3).choose(jnp.asarray(LOGITS))
 
-    def run(x, rows, sizes):
+    def run(x, rows, places, sizes):
         assert rows.shape == (T * 3,)
+        assert np.array_equal(rows[places], np.arange(T)[:, None].repeat(3, 1))
         e = np.repeat(np.arange(E), np.asarray(sizes))
         return jnp.einsum("tk,tnk->tn", x[rows], jnp.asarray(w)[e], precision="highest")
 
@@ -86,7 +87,7 @@ def test_experts_of_each_token_are_added_up_by_weight():
 def test_a_token_is_dropped_nowhere():
     x = jnp.ones((T, 2))
     experts = jnp.full((T, 1), 7)  # all to one expert
-    got = apply_experts(x, jnp.ones((T, 1)), experts, E, lambda x, rows, _: 3 * x[rows])
+    got = apply_experts(x, jnp.ones((T, 1)), experts, E, lambda x, rows, *_: 3 * x[rows])
     assert np.array_equal(got, 3 * x)
 
 
