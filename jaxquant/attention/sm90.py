@@ -12,8 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxquant.attention.exchange_sm90 import COUNTER, expect, receive, send, wait
 from jaxquant.blocked import ACTIVATION_AMAX_FLOOR, ACTIVATION_GROUP
+from jaxquant.exchange_sm90 import COUNTER, expect, receive, send, wait
 from jaxquant.hopper import interpreted
 from jaxquant.matmul import gemv_sm90
 from jaxquant.matmul.arithmetic_sm90 import quotient, reciprocal

@@ -4,6 +4,11 @@ The operands change places: wgmma's 64-row side runs over the weight's rows and 
 over the tokens, so that no row of the tensor cores idles. K is split among the thread blocks of a
 cluster where the weight has too few rows to keep all multiprocessors reading; the first of them
 adds up the parts.
+
+A product of a gate and what it gates may leave SiluMul of that, quantized. A tile then has the 128
+rows of a group from both halves of the weight, and a consumer the same 64 from both, so that they
+meet in its registers. 112 such tiles, one for each of as many multiprocessors, are read as fast as
+224 of half the rows by 132.
 """
 
 import dataclasses
@@ -16,9 +21,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
+from jaxquant.exchange_sm90 import COUNTER, expect, receive, send, wait
 from jaxquant.hopper import interpreted
 from jaxquant.matmul import tuning
-from jaxquant.matmul.cluster_sm90 import receive, send
+from jaxquant.matmul.act_quant_sm90 import (
+    GROUPS,
+    SCALE_COLUMNS,
+    TILE_GROUPS,
+    quantize_groups,
+    silu_mul,
+)
 from jaxquant.matmul.sm90 import (
     FP8,
     K_BLOCK,
@@ -31,6 +43,7 @@ from jaxquant.matmul.sm90 import (
     in_stack,
     producer_registers,
     round_up,
+    store,
     swizzled,
     zero_accumulator,
 )
@@ -41,6 +54,13 @@ MAX_TOKENS = _TOKENS[-1]
 _SLOT_BYTES = 32 << 10
 # And in the ring: enough to keep the memory busy; of 64 KB and of 160 KB, products take longer.
 _RING_BYTES = 96 << 10
+_GATED_RING_BYTES = 128 << 10
+# What a multiprocessor reads in the time of a kernel that quantizes.
+_QUANTIZATION_BYTES = 64 << 10
+# SMEM that the compiler takes for a maximum.
+_REDUCTION_BYTES = 4 << 10
+# Of a warpgroup.
+_THREADS = 128
 # K blocks of a slot, and tokens of which the products of several and their sum fit into registers.
 _BLOCKS = (4, 2, 1)
 _MAX_TOGETHER = 64
@@ -120,15 +140,16 @@ def cuts(M: int, N: int, K: int) -> list[Config]:
     return [config for config in found if _has_ring(config, M)]
 
 
-def _has_ring(config: Config, M: int) -> bool:
+def _has_ring(config: Config, M: int, halves: int = 1) -> bool:
     """Whether SMEM has two slots for each consumer of a row beside the sums that meet there."""
     tokens = padded_tokens(M)
-    room = SMEM_BYTES - _sums_bytes(config, tokens)
-    return room // _slot_bytes(config, tokens) >= 2 * config.turns
+    room = SMEM_BYTES - halves * _sums_bytes(config, tokens)
+    return room // _slot_bytes(config, tokens, halves) >= 2 * config.turns
 
 
-def _slot_bytes(config: Config, tokens: int) -> int:
-    return config.blocks * ((config.tile_n + tokens) * K_BLOCK + _scale_columns(tokens) * 4)
+def _slot_bytes(config: Config, tokens: int, halves: int = 1) -> int:
+    rows = halves * config.tile_n + tokens
+    return config.blocks * (rows * K_BLOCK + _scale_columns(tokens) * 4)
 
 
 def _scale_columns(tokens: int) -> int:
@@ -155,6 +176,44 @@ def adds_residual(M: int, N: int, out_dtype: Any, config: Config) -> bool:
     return (M < 8 or M % 8 == 0) and _is_direct(N, out_dtype, config)
 
 
+def gates(M: int, N: int, out_dtype: Any, config: Config) -> bool:
+    """Whether `decode` can apply SiluMul to a product, and quantize that.
+
+    A tile has a whole group of the quantization, of which the rows of both halves fit into the
+    registers.
+    """
+    whole = N % (2 * K_BLOCK) == 0 and config.tile_n == K_BLOCK and config.turns == 1
+    return M <= _MAX_TOGETHER and whole and _is_direct(N, out_dtype, config)
+
+
+def gated_config(M: int, N: int, K: int, sms: int) -> Config | None:
+    """The cut for `decode` of a gated product, or None where it had better not be one kernel.
+
+    That is where whole groups, twice 128 rows, leave the busiest multiprocessor more to read than
+    `default_config` does, by more than a kernel that quantizes takes.
+    """
+    if M > _MAX_TOGETHER or N % (2 * K_BLOCK):
+        return None
+    steps, tiles = cdiv(K, K_BLOCK), N // (2 * K_BLOCK)
+    found = (
+        Config(K_BLOCK, 1, splits, blocks)
+        for splits in (4, 2, 1)
+        if splits == 1 or (_fits(tiles, splits, sms) and _can_split(steps, splits))
+        for blocks in (2, 1)
+        if steps // splits % blocks == 0
+    )
+    config = next(config for config in found if _has_ring(config, M, 2))
+    apart = default_config(M, N, K, sms)
+    own = _busiest(tiles, 2 * K_BLOCK, config.splits, sms)
+    others = _busiest(cdiv(N, apart.tile_n), apart.tile_n, apart.splits, sms)
+    return config if (own - others) * K <= _QUANTIZATION_BYTES else None
+
+
+def _busiest(tiles: int, rows: int, splits: int, sms: int) -> int:
+    """Rows that the busiest of the multiprocessors reads, of tiles of so many."""
+    return cdiv(tiles * splits, sms) * rows // splits
+
+
 def _parts(config: Config) -> int:
     """Results that XLA adds up: the interpreter knows no SMEM of other thread blocks."""
     return config.splits if interpreted() else 1
@@ -175,14 +234,16 @@ def decode(
     layer: Int32[Array, "1"],
     residual: Float[Array, "M N"] | None = None,
     *,
+    gated: bool = False,
     M: int,
     out_dtype: Any,
     config: Config,
     sms: int,
-) -> Float[Array, "M N"]:
+) -> Any:
     """`y[m, n] = sum_kb (xq[m, kb] . wq[layer, n, kb]) * sx[kb, m] * sw[layer, n // 128, kb]`.
 
-    With a residual `y + residual`, y rounded first: `jaxquant.matmul.xla.finish`.
+    With a residual `y + residual`, y rounded first: `jaxquant.matmul.xla.finish`. If it is gated,
+    SiluMul of y, rounded first, quantized: to the byte what `act_quant_sm90.quantize` makes of y.
 
     Args:
       xq: float8_e4m3fn, `padded_tokens(M)` rows; K a multiple of 32.
@@ -191,42 +252,57 @@ def decode(
       sw: the scales of wq.
       layer: which matrix of the stack.
       residual: of out_dtype, see `adds_residual`.
+      gated: whether y is a gate and what it gates, as `gates` allows; not with a residual.
       M: tokens, at most 128.
       out_dtype: bfloat16 or float32.
       config: see `default_config`.
       sms: multiprocessors of the GPU.
 
     Returns:
-      `[M, N]` of `out_dtype`.
+      `[M, N]` of `out_dtype`; if gated, (qvalue, scale) of `QuantizedTokens` `[M, N // 2]`, as
+      `tokens.kernel_layout` has them.
     """
     (tokens, K), N = xq.shape, wq.shape[1]
+    # Of a tile of the result, where it is gated: the rows of the gate, and those of up.
+    halves = 2 if gated else 1
+    columns = N // halves
     out_dtype = jnp.dtype(out_dtype)
     tile_n, groups, turns, splits = config.tile_n, config.groups, config.turns, config.splits
     per_slot = config.blocks
     steps = cdiv(K, K_BLOCK) // splits
     consumers = groups * turns
-    n_tiles = cdiv(N, tile_n)
+    n_tiles = cdiv(columns, tile_n)
     parts = _parts(config)
     senders = turns if parts > 1 else splits * turns
+    # Stores are counted in a cluster; a thread block's own consumers meet at a barrier.
+    counted = splits > 1 and parts == 1
     direct = _is_direct(N, out_dtype, config)
 
     slots, slot_k, scale_columns = steps // per_slot, per_slot * K_BLOCK, _scale_columns(tokens)
+    slot_bytes = _slot_bytes(config, tokens, halves)
     y_bytes = tile_n * tokens * (out_dtype.itemsize if direct else 4)
-    sums_bytes = (senders - 1) * tile_n * tokens * 4
-    room = SMEM_BYTES - y_bytes - sums_bytes
+    own_sums_bytes = (senders - 1) * halves * 64 * tokens * 4
+    sums_bytes = groups * own_sums_bytes
+    # The scales of a tile are loaded by all threads of a consumer, one each.
+    scales_width = round_up(steps, _THREADS)
+    sw_flat = jnp.pad(sw.reshape(-1), (0, max(0, scales_width - sw.size)))
+    scales_bytes = consumers * halves * scales_width * 4
+    room = SMEM_BYTES - y_bytes - sums_bytes - scales_bytes - (_REDUCTION_BYTES if gated else 0)
     blocks = min(sms // splits, n_tiles)
     stages = min(
         _MAX_STAGES,
         slots * cdiv(n_tiles, blocks),
-        room // _slot_bytes(config, tokens),
-        max(_RING_BYTES // (tile_n * slot_k), 2 * turns),
+        room // slot_bytes,
+        max((_GATED_RING_BYTES if gated else _RING_BYTES) // (halves * tile_n * slot_k), 2 * turns),
     )
     stages = max(stages // turns, 1) * turns
     residuals = [] if residual is None else [residual]
 
     def kernel(x_gmem, sx_gmem, w_gmem, sw_gmem, layer_gmem, *refs):
-        *residual_gmem, y_gmem, x_smem, w_smem, sx_smem, y_smem, sums_smem = refs[:-4]
-        full, empty, landed, together = refs[-4:]
+        residual_gmem, refs = refs[: len(residuals)], refs[len(residuals) :]
+        (y_gmem, *scale_gmem), refs = refs[:halves], refs[halves:]  # scales, if it is gated
+        x_smem, w_smem, sx_smem, sw_smem, y_smem, sums_smem, *barriers = refs
+        full, empty, landed, together, counter = barriers
         warpgroup = lax.axis_index("warpgroup")
         l = in_stack(layer_gmem[0], wq.shape[0])
         part = lax.axis_index("cluster") if splits > 1 else 0
@@ -238,9 +314,12 @@ def decode(
 
             def copy(tile, step, slot):
                 kb = (part * slots + step) * per_slot
-                rows, block = pl.ds(tile * tile_n, tile_n), pl.ds(kb * K_BLOCK, slot_k)
+                block = pl.ds(kb * K_BLOCK, slot_k)
                 scales = sx_gmem.at[pl.ds(kb, per_slot), pl.ds(0, scale_columns)]
-                plgpu.copy_gmem_to_smem(w_gmem.at[l, rows, block], w_smem.at[slot], full.at[slot])
+                for half in range(halves):
+                    rows = pl.ds(half * columns + tile * tile_n, tile_n)
+                    target = w_smem.at[slot, pl.ds(half * tile_n, tile_n)]
+                    plgpu.copy_gmem_to_smem(w_gmem.at[l, rows, block], target, full.at[slot])
                 plgpu.copy_gmem_to_smem(x_gmem.at[:, block], x_smem.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(scales, sx_smem.at[slot], full.at[slot])
 
@@ -248,42 +327,64 @@ def decode(
 
         @pl.when(warpgroup < consumers)
         def _consumer():
+            def scales_start(tile, half):
+                """Where a tile's scales are loaded from, and how far behind it they begin."""
+                row = l * sw.shape[1] + lax.div(half * columns + tile * tile_n, SCALE_ROWS)
+                first = row * sw.shape[2] + part * steps
+                start = jnp.minimum(first, sw_flat.size - scales_width)
+                return start, first - start
+
+            def load_scales(tile):
+                starts = [scales_start(tile, half)[0] for half in range(halves)]
+                layout = plgpu.Layout.WG_STRIDED((scales_width,), vec_size=1)
+                return [
+                    plgpu.load(
+                        sw_gmem.at[pl.ds(start, scales_width)], layout=layout, optimized=False
+                    )
+                    for start in starts
+                ]
+
+            # Ahead of the ring: what is asked for later waits in memory's queue behind all of it.
+            first_scales = load_scales(lax.axis_index("sm"))
             if consumers > 1:
                 consumer_registers(consumers)
             group, turn = lax.rem(warpgroup, groups), lax.div(warpgroup, groups)
             n_offset = group * 64
             sender = turn if parts > 1 else part * turns + turn
 
-            def load_scale(n0, kb):
-                return sw_gmem[l, lax.div(n0, SCALE_ROWS), jnp.minimum(kb, sw.shape[2] - 1)]
+            def main_loop(tile, slot):
+                """Adds up this consumer's K blocks."""
 
-            def main_loop(n0, slot):
-                """Adds up this consumer's K blocks. A slot's weight scales are loaded one ahead."""
-
-                def load_scales(step):
-                    kb = (part * slots + step) * per_slot
-                    return [load_scale(n0, kb + b) for b in range(per_slot)]
+                # Of K blocks, and of the gate and of up.
+                pieces = [(b, half) for half in range(halves) for b in range(per_slot)]
+                offsets = [scales_start(tile, half)[1] for half in range(halves)]
 
                 def add_slot(i, carry):
-                    slot, w_scales, total = carry
-                    next_scales = load_scales(turn + (i + 1) * turns)
+                    slot, totals = carry
+                    first = (turn + i * turns) * per_slot
+                    w_scales = [
+                        sw_smem[warpgroup, half, offsets[half] + first + b] for b, half in pieces
+                    ]
                     plgpu.barrier_wait(full.at[slot])
 
                     def run(*accumulators):
-                        for b, accumulator in enumerate(accumulators):
-                            columns = pl.ds(b * K_BLOCK, K_BLOCK)
-                            rows = w_smem.at[slot, pl.ds(n_offset, 64), columns]
-                            plgpu.wgmma(accumulator, rows, x_smem.at[slot, :, columns].T)
+                        for (b, half), accumulator in zip(pieces, accumulators, strict=True):
+                            block = pl.ds(b * K_BLOCK, K_BLOCK)
+                            rows = w_smem.at[slot, pl.ds(half * tile_n + n_offset, 64), block]
+                            plgpu.wgmma(accumulator, rows, x_smem.at[slot, :, block].T)
                         # Made while the tensor cores are at work.
-                        scales = [scale_of(slot, b, s) for b, s in enumerate(w_scales)]
+                        scales = [
+                            scale_of(slot, b, s) for (b, _), s in zip(pieces, w_scales, strict=True)
+                        ]
                         return [accumulator[...] for accumulator in accumulators], scales
 
                     kind = plgpu.ACC((64, tokens), jnp.float32)
-                    products, scales = pl.run_scoped(run, *[kind] * per_slot)
+                    products, scales = pl.run_scoped(run, *[kind] * len(pieces))
                     plgpu.barrier_arrive(empty.at[slot])
-                    for product, scale in zip(products, scales, strict=True):
-                        total += product * scale
-                    return _wrap(slot + turns, stages), next_scales, total
+                    totals = list(totals)
+                    for (_, half), product, scale in zip(pieces, products, scales, strict=True):
+                        totals[half] += product * scale
+                    return _wrap(slot + turns, stages), totals
 
                 def scale_of(slot, b, w_scale):
                     x_scale = plgpu.load(
@@ -291,9 +392,8 @@ def decode(
                     )
                     return lax.broadcast_in_dim(x_scale * w_scale, (64, tokens), [1])
 
-                init = slot, load_scales(turn), zero_accumulator(64, tokens)
-                slot, _, total = lax.fori_loop(0, slots // turns, add_slot, init)
-                return slot, total
+                init = slot, [zero_accumulator(64, tokens)] * halves
+                return lax.fori_loop(0, slots // turns, add_slot, init)
 
             def fetch_residual(n0):
                 """Puts a tile's residual where its results will be, once those before left."""
@@ -305,15 +405,54 @@ def decode(
                     landed.at[group],
                 )
 
-            def wait_for_all():
+            def arrive(**again):
+                """Says that parts may be sent here, and that this consumer's were."""
+                if counted:
+
+                    @pl.when(sender == 0)
+                    def _expect():
+                        expect(counter.at[group], own_sums_bytes, **again)
+
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(together)
-                plgpu.barrier_wait(together)
 
-            def epilogue(total, n0):
+            def quantize(totals, tile):
+                """SiluMul in registers; a token's columns meet in SMEM, and are quantized."""
+
+                def meet():
+                    plgpu.barrier_arrive(landed)
+                    plgpu.barrier_wait(landed)
+
+                gate, up = (total.astype(out_dtype).astype(jnp.float32) for total in totals)
+                h = silu_mul(gate, up, out_dtype, plgpu.Layout.WGMMA)
+                own = y_smem.at[:, pl.ds(n_offset, 64)]
+                own.T[...] = plgpu.layout_cast(h, plgpu.Layout.WGMMA_TRANSPOSED)
+                meet()
+                shares = tokens // TILE_GROUPS
+
+                @pl.when(group < shares)
+                def _quantize():
+                    for i in range(cdiv(shares, groups)):
+                        m = pl.ds((i * groups + group) * TILE_GROUPS, TILE_GROUPS)
+                        values = plgpu.load(y_smem.at[m], layout=GROUPS, optimized=False)
+                        qvalue, scale = quantize_groups(values.astype(jnp.float32))
+                        at = y_gmem.at[m, pl.ds(tile * K_BLOCK, K_BLOCK)]
+                        store(at, qvalue.astype(FP8))
+                        store(scale_gmem[0].at[tile, m], scale)
+
+                if n_tiles > blocks:  # what is in SMEM is read before the next is
+                    meet()
+
+            def epilogue(totals, tile):
                 """Registers to SMEM to GMEM; TMA drops what lies outside the result."""
+                n0 = tile * tile_n
                 for i in range(senders - 1):
-                    total += receive(sums_smem.at[i, group])
+                    for half in range(halves):
+                        totals[half] += receive(sums_smem.at[i, half * groups + group])
+                if gated:
+                    quantize(totals, tile)
+                    return
+                (total,) = totals
                 rows = pl.ds(n0 + n_offset, 64)
                 if direct:
                     y = total.astype(out_dtype)
@@ -334,34 +473,55 @@ def decode(
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(y_smem.at[group], target)
 
-            def do_tile(tile, slot):
+            def do_tile(tile, carry):
+                slot, scales = carry
                 n0 = tile * tile_n
+                for half, values in enumerate(scales):
+                    sw_smem[warpgroup, half] = values
+                plgpu.commit_smem()
+                if n_tiles > blocks:  # the next tile's are loaded meanwhile
+                    scales = load_scales(jnp.minimum(tile + blocks, n_tiles - 1))
                 if residuals:
 
                     @pl.when(sender == 0)
                     def _fetch():
                         fetch_residual(n0)
 
-                slot, total = main_loop(n0, slot)
+                slot, totals = main_loop(tile, slot)
                 if senders == 1:
-                    epilogue(total, n0)
-                    return slot
+                    epilogue(totals, tile)
+                    return slot, scales
+
+                plgpu.barrier_wait(together)
 
                 @pl.when(sender > 0)
                 def _send():
-                    send(total, sums_smem.at[sender - 1, group])
+                    for half, total in enumerate(totals):
+                        target = sums_smem.at[sender - 1, half * groups + group]
+                        send(total, target, counter.at[group] if counted else None)
 
-                wait_for_all()
+                if not counted:
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(together)
+                    plgpu.barrier_wait(together)
 
                 @pl.when(sender == 0)
                 def _sum():
-                    epilogue(total, n0)
+                    if counted:
+                        wait(counter.at[group])
+                    epilogue(totals, tile)
 
-                if n_tiles > blocks:  # what was sent is read before the next is
-                    wait_for_all()
-                return slot
+                @pl.when(tile + blocks < n_tiles)
+                def _again():
+                    plgpu.commit_smem()
+                    arrive(again=True)
 
-            for_each_tile(n_tiles, jnp.int32(0) + turn, do_tile)
+                return slot, scales
+
+            if senders > 1:
+                arrive()
+
+            for_each_tile(n_tiles, (jnp.int32(0) + turn, first_scales), do_tile)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     if splits > 1:
@@ -370,7 +530,14 @@ def decode(
     else:
         cluster = {}
         together = plgpu.Barrier(num_arrivals=consumers)
-    if direct:
+    if gated:
+        assert gates(M, N, out_dtype, config)
+        out_type = (
+            jax.ShapeDtypeStruct((tokens, columns), FP8),
+            jax.ShapeDtypeStruct((n_tiles, round_up(M, SCALE_COLUMNS)), jnp.float32),
+        )
+        y_smem = plgpu.SMEM((tokens, tile_n), out_dtype, transforms=swizzled(N, out_dtype))
+    elif direct:
         # TMA stores whole tiles of 8 rows, or fewer than 8.
         y_rows = M if M < 8 else round_up(M, 8)
         out_type = jax.ShapeDtypeStruct((y_rows, N), out_dtype)
@@ -380,29 +547,34 @@ def decode(
         # Whole tiles, since these copies are linear: they do not stop where a part ends.
         out_type = jax.ShapeDtypeStruct((parts, round_up(N, tile_n), tokens), jnp.float32)
         y_smem = plgpu.SMEM((groups, 64, tokens), jnp.float32)
-    sums_shape = (senders - 1, groups, 64, tokens) if senders > 1 else (8,)
+    sums_shape = (senders - 1, halves * groups, 64, tokens) if senders > 1 else (8,)
     y = plgpu.kernel(
         kernel,
         out_type=out_type,
         scratch_types=[
             plgpu.SMEM((stages, tokens, slot_k), FP8, transforms=swizzled(K, FP8)),
-            plgpu.SMEM((stages, tile_n, slot_k), FP8, transforms=swizzled(K, FP8)),
+            plgpu.SMEM((stages, halves * tile_n, slot_k), FP8, transforms=swizzled(K, FP8)),
             plgpu.SMEM((stages, per_slot, scale_columns), jnp.float32),
+            plgpu.SMEM((consumers, halves, scales_width), jnp.float32),
             y_smem,
             plgpu.SMEM(sums_shape, jnp.float32),
-            plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2 + halves, num_barriers=stages),
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
-            plgpu.Barrier(num_barriers=groups),
+            plgpu.Barrier(num_arrivals=groups) if gated else plgpu.Barrier(num_barriers=groups),
             together,
+            plgpu.SMEM((groups, *COUNTER.shape), jnp.int32),
         ],
         grid=(blocks,),
         grid_names=("sm",),
         num_threads=consumers + 1,
         thread_name="warpgroup",
         kernel_name="jaxquant_decode_fp8",
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        # Of the functions there is the exponential only, and then it is that of `quantize_tokens`.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=gated),
         **cluster,
-    )(xq, sx, wq, sw, layer, *residuals)
+    )(xq, sx, wq, sw_flat, layer, *residuals)
+    if gated:
+        return y
     if not direct:
         y = y[:, :N].sum(0).T.astype(out_dtype)
     return y[:M]

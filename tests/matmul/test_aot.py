@@ -28,6 +28,9 @@ PRODUCTS = [
     (4096, 28672, 4096, "bfloat16", "bfloat16", "rms_norm", ["quantize_normalized", "gemm_fp8"]),
 ]
 
+# M, F, K of gated products
+GATED = [(3, 14336, 4096), (16, 8192, 3072), (64, 14336, 4096), (64, 8192, 3072)]
+
 
 @pytest.fixture(scope="module")
 def compiled():
@@ -41,9 +44,16 @@ def test_a_product_compiles(compiled, product, i):
     assert ("jaxquant_quantize" in compiled[i]) == (len(product[-1]) > 1)
 
 
+@pytest.mark.parametrize("i", range(len(GATED)))
+def test_a_gated_product_compiles(compiled, i):
+    text = compiled[len(PRODUCTS) + i]
+    assert "jaxquant_decode_fp8" in text
+    assert "jaxquant_quantize" not in text
+
+
 @pytest.mark.parametrize("i", [0, 1])
 def test_xla_rounds_to_fp8_on_a_gpu(compiled, i):
-    assert re.search(r"= f8e4m3fn\[[\d,]+\]\S* convert\(", compiled[len(PRODUCTS) + i])
+    assert re.search(r"= f8e4m3fn\[[\d,]+\]\S* convert\(", compiled[len(PRODUCTS) + len(GATED) + i])
 
 
 def compile_all() -> list[str]:
@@ -54,7 +64,7 @@ def compile_all() -> list[str]:
     from jaxquant.array import QuantizedArray
     from jaxquant.blocked import quantize
     from jaxquant.config import QuantConfig
-    from jaxquant.matmul import RMSNorm, SiluMul, mosaic_gpu, xla
+    from jaxquant.matmul import RMSNorm, SiluMul, decode_sm90, mosaic_gpu, xla
 
     sharding = h200()
 
@@ -77,6 +87,25 @@ def compile_all() -> list[str]:
         args = [jax.ShapeDtypeStruct(*o, sharding=sharding) for o in operands]
         return jax.jit(product).lower(*args).compile().as_text()
 
+    def compile_gated(M, F, K):
+        config = decode_sm90.gated_config(M, 2 * F, K, 132)
+        assert config is not None
+
+        def product(*operands):
+            return decode_sm90.decode(
+                *operands, gated=True, M=M, out_dtype=jnp.bfloat16, config=config, sms=132
+            )
+
+        operands = [
+            ((decode_sm90.padded_tokens(M), K), "float8_e4m3fn"),
+            ((K // 128, 64), "float32"),
+            ((2, 2 * F, K), "float8_e4m3fn"),
+            ((2, F // 64, K // 128), "float32"),
+            ((1,), "int32"),
+        ]
+        args = [jax.ShapeDtypeStruct(*o, sharding=sharding) for o in operands]
+        return jax.jit(product).lower(*args).compile().as_text()
+
     def compile_reference(M, N, K):
         def product(x, qvalue, scale):
             w = QuantizedArray(qvalue, scale, (128, 128), np.dtype(jnp.bfloat16))
@@ -92,8 +121,9 @@ def compile_all() -> list[str]:
         return jax.jit(lambda w: quantize(w, config).dequantize()).lower(w).compile().as_text()
 
     products = [compile_product(*p) for p in PRODUCTS]
+    gated = [compile_gated(*g) for g in GATED]
     jax.default_backend = lambda: "gpu"
-    return [*products, compile_reference(1, 64, 128), compile_there_and_back()]
+    return [*products, *gated, compile_reference(1, 64, 128), compile_there_and_back()]
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from jaxquant.matmul import (
 from jaxquant.matmul.act_quant_sm90 import quantize, quantize_tokens
 from jaxquant.matmul.api import matmul
 from jaxquant.matmul.sm90 import SMEM_BYTES, round_up
+from jaxquant.matmul.tokens import kernel_layout
 
 # Few, so that a thread block goes through several tiles.
 SMS = 2
@@ -145,6 +146,45 @@ def test_a_residual_is_added_in_the_decode_kernel(hopper, M, N, tile_n, turns):
     assert decode_sm90.adds_residual(M, N, BF16, config)
     y = decode_sm90.decode(*args, residual=residual, M=M, out_dtype=BF16, config=config, sms=SMS)
     assert_close(y, expected + np.asarray(residual, np.float64))
+
+
+@pytest.mark.parametrize(
+    ("M", "F", "blocks"),
+    [
+        (5, 128, 1),
+        (16, 384, 2),  # one thread block has two tiles
+        (33, 256, 1),
+    ],
+)
+def test_a_gated_product_leaves_the_bytes_of_a_product_and_a_quantization(hopper, M, F, blocks):
+    T, config = decode_sm90.padded_tokens(M), decode_sm90.Config(128, blocks=blocks)
+    args, expected = operands(M, 2 * F, 512, T)
+    assert decode_sm90.gates(M, 2 * F, BF16, config)
+    y = decode_sm90.decode(*args, M=M, out_dtype=BF16, config=config, sms=SMS)
+    assert_close(y, expected)
+    qvalue, scale = decode_sm90.decode(
+        *args, gated=True, M=M, out_dtype=BF16, config=config, sms=SMS
+    )
+    for a, like in zip((qvalue, scale), kernel_layout(M, F), strict=True):
+        assert (a.shape, a.dtype) == (like.shape, like.dtype)
+    h = np.asarray(SiluMul()(y))
+    expected = numpy_reference.quantize_activations(h)
+    assert numpy_reference.differing(qvalue[:M], expected[0]) == 0
+    assert numpy_reference.differing(scale.T[:M], expected[1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "dtype", "config", "gates"),
+    [
+        (64, 28672, BF16, (128,), True),
+        (65, 28672, BF16, (128,), False),
+        (16, 28672, F32, (128,), False),
+        (16, 28672 + 128, BF16, (128,), False),  # half a group
+        (16, 28672, BF16, (64,), False),
+    ],
+)
+def test_what_a_gated_product_takes(M, N, dtype, config, gates):
+    assert decode_sm90.gates(M, N, dtype, decode_sm90.Config(*config)) == gates
 
 
 # One kernel for K in no whole groups, or few, and one for the rest.
@@ -282,6 +322,25 @@ def test_how_few_tokens_are_cut_for_132_multiprocessors(M, N, K, config):
     assert dataclasses.astuple(decode_sm90.default_config(M, N, K, 132)) == config
 
 
+@pytest.mark.parametrize(
+    ("M", "N", "K", "config"),
+    [
+        (16, 28672, 4096, (128, 1, 1, 2)),
+        (64, 16384, 3072, (128, 1, 2, 1)),  # sums of a cluster leave no ring of large slots
+        (16, 22528, 11008, (128, 1, 1, 2)),
+        (16, 28672, 5504, (128, 1, 1, 1)),  # 43 K blocks
+        (16, 34816, 5120, None),  # 136 tiles: four multiprocessors would have two
+        (16, 3072, 1024, None),
+        (65, 28672, 4096, None),
+        (16, 28800, 4096, None),
+    ],
+)
+def test_how_a_gated_product_is_cut_for_132_multiprocessors(M, N, K, config):
+    found = decode_sm90.gated_config(M, N, K, 132)
+    assert (found and dataclasses.astuple(found)) == config
+    assert found is None or decode_sm90.gates(M, N, BF16, found)
+
+
 @pytest.mark.parametrize("M", [3, 16, 33, 64, 80, 128])
 @pytest.mark.parametrize("K", [32, 576, 1536, 4096, 7168, 14336, 28672, 57344])
 def test_smem_has_a_ring_for_every_cut(M, K):
@@ -292,6 +351,10 @@ def test_smem_has_a_ring_for_every_cut(M, K):
             slot = config.blocks * ((config.tile_n + width) * 128 + 4 * 128)
             sums = config.splits * config.turns * config.tile_n * width * 4
             assert sums + 2 * config.turns * slot <= SMEM_BYTES
+        if config := decode_sm90.gated_config(M, N, K, 132):
+            slot = config.blocks * ((256 + width) * 128 + 4 * 128)
+            sums = (config.splits - 1) * 256 * width * 4 + 128 * width * 2
+            assert sums + 2 * slot <= SMEM_BYTES - 8192  # scales, and what the compiler takes
 
 
 def assert_quantized(qvalue: Any, scale: Any, x: jax.Array) -> None:

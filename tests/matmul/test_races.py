@@ -14,7 +14,7 @@ from numpy_reference import BF16, make_weight, normal
 
 from jaxquant import blocked
 from jaxquant.config import QuantConfig
-from jaxquant.matmul import RMSNorm, SiluMul, gemv_sm90, mosaic_gpu
+from jaxquant.matmul import RMSNorm, SiluMul, decode_sm90, gemv_sm90, mosaic_gpu
 from jaxquant.matmul.act_quant_sm90 import quantize
 from jaxquant.matmul.api import matmul
 
@@ -70,6 +70,18 @@ def test_a_gated_product(M):
     gemv_sm90.gemv(
         random(M, 2048), None, w.qvalue, w.scale, layer, norm,
         gated=True, out_dtype=BF16, config=config, sms=2,
+    )  # fmt: skip
+    assert_no_races()
+
+
+@pytest.mark.parametrize("M", [13, 33])
+def test_a_gated_product_of_several_tokens(M):
+    w = blocked.quantize(jnp.asarray(make_weight(normal, (1, 1024, 1024), BF16, 0)))
+    layer, rows = jnp.zeros(1, jnp.int32), decode_sm90.padded_tokens(M)
+    xq, sx = quantize(None, random(M, 1024), layer, 1024, rows)
+    decode_sm90.decode(
+        xq, sx, w.qvalue, w.scale, layer,
+        gated=True, M=M, out_dtype=BF16, config=decode_sm90.Config(128), sms=2,
     )  # fmt: skip
     assert_no_races()
 

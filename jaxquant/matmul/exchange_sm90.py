@@ -27,17 +27,20 @@ _THREADS = 128
 COUNTER = plgpu.SMEM((32,), jnp.int32)
 
 
-def expect(counter: Any, nbytes: int) -> None:
+def expect(counter: Any, nbytes: int, *, again: bool = False) -> None:
     """Begins to count, in the first thread block; all have to meet before one sends.
 
     Args:
       counter: SMEM of the type COUNTER.
       nbytes: what all others send.
+      again: whether it has counted before, for all threads of this warpgroup.
     """
+    invalidate = "@first mbarrier.inval.shared::cta.b64 [$0];" if again else ""
     _run_ptx(
-        """
+        f"""
         .reg .pred first;
         setp.eq.u32 first, $1, 0;
+        {invalidate}
         @first mbarrier.init.shared::cta.b64 [$0], 1;
         @first fence.mbarrier_init.release.cluster;
         @first mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $2;
@@ -66,11 +69,13 @@ def send(value: Any, target: Any, counter: Any) -> None:
     Args:
       value: `[m, n]` in the layout of wgmma; m a multiple of 64, n of 8.
       target: `[m, n]`, SMEM that every thread block has in the same place.
-      counter: likewise.
+      counter: likewise; or None, where the target is this thread block's and a barrier follows: a
+        kernel without clusters may not count.
     """
     if interpreted():
         target[...] = value
         return
+    here = counter is None
 
     @plgpu.inline_mgpu(arg_types=(_LAYOUT, plgpu.RefType(), plgpu.RefType()))
     def run(_, value, target, counter):
@@ -80,20 +85,22 @@ def send(value: Any, target: Any, counter: Any) -> None:
             for register in value.registers.flat
             for i in range(2)
         ]
-        lines = [
-            ".reg .b32 there, counted;",
-            "mapa.shared::cluster.u32 there, $0, 0;",
-            "mapa.shared::cluster.u32 counted, $1, 0;",
-        ]
+        if here:
+            lines, store, there, counted = [], "st.shared.v4.f32", "$0", ""
+        else:
+            lines = [
+                ".reg .b32 there, counted;",
+                "mapa.shared::cluster.u32 there, $0, 0;",
+                "mapa.shared::cluster.u32 counted, $1, 0;",
+            ]
+            store = "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32"
+            there, counted = "there", ", [counted]"
         for at in range(0, len(floats), _FLOATS):
             operands = ", ".join(f"${2 + at + i}" for i in range(_FLOATS))
-            lines.append(
-                "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
-                f"[there+{at * 4 * _THREADS}], {{{operands}}}, [counted];"
-            )
+            lines.append(f"{store} [{there}+{at * 4 * _THREADS}], {{{operands}}}{counted};")
         _inline("\n".join(lines), [_share(target), _address(counter)], floats)
 
-    run(value, target, counter)  # pyright: ignore[reportCallIssue]
+    run(value, target, target if here else counter)  # pyright: ignore[reportCallIssue]
 
 
 def receive(source: Any) -> Any:
