@@ -13,10 +13,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxquant.blocked import ACTIVATION_AMAX_FLOOR, ACTIVATION_GROUP
-from jaxquant.exchange_sm90 import COUNTER, expect, receive, send, wait
 from jaxquant.hopper import interpreted
 from jaxquant.matmul import gemv_sm90
 from jaxquant.matmul.arithmetic_sm90 import quotient, reciprocal
+from jaxquant.matmul.exchange_sm90 import COUNTER, expect, receive, send, wait
 from jaxquant.matmul.sm90 import FP8, round_up, swizzled
 from jaxquant.matmul.tokens import QuantizedTokens, kernel_layout
 

@@ -21,7 +21,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from jaxquant.exchange_sm90 import COUNTER, expect, receive, send, wait
 from jaxquant.hopper import interpreted
 from jaxquant.matmul import tuning
 from jaxquant.matmul.act_quant_sm90 import (
@@ -31,6 +30,7 @@ from jaxquant.matmul.act_quant_sm90 import (
     quantize_groups,
     silu_mul,
 )
+from jaxquant.matmul.exchange_sm90 import COUNTER, expect, receive, send, wait
 from jaxquant.matmul.sm90 import (
     FP8,
     K_BLOCK,

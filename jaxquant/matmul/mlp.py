@@ -17,7 +17,7 @@ from jaxquant.hopper import multiprocessors
 from jaxquant.matmul.api import check, matmul
 from jaxquant.matmul.mosaic_gpu import as_stacks, check_operands, fuses
 from jaxquant.matmul.prologue import Prologue, SiluMul
-from jaxquant.matmul.tokens import QuantizedTokens
+from jaxquant.matmul.tokens import QuantizedTokens, kernel_layout
 
 
 def gated_mlp(
@@ -50,7 +50,7 @@ def gated_mlp(
       JaxquantError: as `matmul` does.
     """
     around = layer, prologue, activation, biases, residual
-    if not (isinstance(gate_up, QuantizedArray) and _is_fused(x, gate_up, down, activation)):
+    if not (isinstance(gate_up, QuantizedArray) and _is_fused(x, gate_up, down, around)):
         return _two_products(x, gate_up, down, around)
     check(x, gate_up, layer, prologue, biases[0], None)
     y = jax.ShapeDtypeStruct((*x.shape[:-1], gate_up.qvalue.shape[-2]), x.dtype)
@@ -77,21 +77,29 @@ def _fused_jvp(primals: Any, tangents: Any) -> Any:
     return jax.jvp(_two_products, primals, tangents)
 
 
-def _is_fused(x: Any, gate_up: QuantizedArray, down: Any, activation: Prologue) -> bool:
+def _is_fused(x: Any, gate_up: QuantizedArray, down: Any, around: Any) -> bool:
     """Whether `_gated` takes the first product, and the second what that gives."""
+    *_, activation, (bias, _), _ = around
     dynamic = all(isinstance(w, QuantizedArray) and w.activation_scheme for w in (gate_up, down))
     # On several devices the rows of a gate and of what it gates may lie apart.
     if not dynamic or not isinstance(activation, SiluMul) or jax.device_count() > 1:
         return False
     try:
-        multiprocessors(x, "FP8 products")
+        sms = multiprocessors(x, "FP8 products")
         check_operands(x, gate_up, x.dtype)
     except NotImplementedError:
         return False
-    from jaxquant.matmul import gemv_sm90
+    from jaxquant.matmul import decode_sm90, gemm_sm90, gemv_sm90
 
-    N, K = gate_up.qvalue.shape[-2:]
-    return gemv_sm90.takes(math.prod(x.shape[:-1]), K) and N % 16 == 0
+    M, (N, K) = math.prod(x.shape[:-1]), gate_up.qvalue.shape[-2:]
+    if gemv_sm90.takes(M, K):
+        return N % 16 == 0
+    if bias is not None:
+        return False
+    if decode_sm90.takes(M, N, sms):
+        config = decode_sm90.gated_config(M, N, K, sms)
+        return config is not None and decode_sm90.gates(M, N, x.dtype, config)
+    return gemm_sm90.gates(M, N, K, x.dtype, sms)
 
 
 def _gated(
@@ -107,23 +115,35 @@ def _gated(
         x, prologue = prologue(x, layer), None
     stacks, layer = as_stacks(w, layer, prologue, bias, x.dtype)
     h = _product(sms)(x.reshape(-1, x.shape[-1]), stacks, layer)
+    if isinstance(h, tuple):
+        return QuantizedTokens(*h, batch=x.shape[:-1], dtype=x.dtype)
     return h.reshape(*x.shape[:-1], -1)
 
 
 @functools.cache
 def _product(sms: int) -> Any:
-    """The kernel of `_gated`; `jax.vmap` runs it one after the other."""
+    """The kernels of `_gated`; `jax.vmap` runs them one after the other."""
 
     @sequential_vmap
     @jax.jit
     def run(x, stacks, layer):
-        from jaxquant.matmul import gemv_sm90
+        from jaxquant.matmul import decode_sm90, gemm_sm90, gemv_sm90
+        from jaxquant.matmul.act_quant_sm90 import quantize
 
         qvalue, scale, prologue, bias = stacks
-        N, K = qvalue.shape[1:]
-        return gemv_sm90.gemv(
-            x, None, qvalue, scale, layer, prologue, bias, gated=True,
-            out_dtype=x.dtype, config=gemv_sm90.default_config(N // 2, K, sms), sms=sms,
-        )  # fmt: skip
+        M, (N, K) = len(x), qvalue.shape[1:]
+        options: Any = {"gated": True, "out_dtype": x.dtype, "sms": sms}
+        if gemv_sm90.takes(M, K):
+            config = gemv_sm90.default_config(N // 2, K, sms)
+            return gemv_sm90.gemv(
+                x, None, qvalue, scale, layer, prologue, bias, config=config, **options
+            )
+        rows, _ = kernel_layout(M, K)
+        tokens = quantize(prologue, x, layer, K, rows.shape[0])
+        if decode_sm90.takes(M, N, sms):
+            config = decode_sm90.gated_config(M, N, K, sms)
+            assert config is not None  # as `_is_fused` saw to
+            return decode_sm90.decode(*tokens, qvalue, scale, layer, M=M, config=config, **options)
+        return gemm_sm90.gemm(*tokens, qvalue, scale, layer, config=gemm_sm90.GATED, **options)
 
     return run

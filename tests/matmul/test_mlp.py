@@ -10,7 +10,7 @@ from numpy_reference import BF16, make_weight, normal
 from jaxquant import blocked
 from jaxquant.config import QuantConfig
 from jaxquant.errors import JaxquantError
-from jaxquant.matmul import RMSNorm, SiluMul, gated_mlp, matmul, mlp, mosaic_gpu
+from jaxquant.matmul import RMSNorm, SiluMul, gated_mlp, gemm_sm90, matmul, mlp, mosaic_gpu
 from jaxquant.models.dense import GeluMul
 
 L, F, K, N = 3, 256, 1024, 136
@@ -70,17 +70,22 @@ def assert_close(y, expected):
     assert np.linalg.norm(y - expected) < 1e-2 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("M", [1, 2])
-def test_one_kernel_less_and_the_same_result(hopper, products, M):
+@pytest.mark.parametrize("M", [1, 2, 3, 20, 136])
+def test_one_kernel_less_and_the_same_result(hopper, products, monkeypatch, M):
+    monkeypatch.setattr(gemm_sm90, "gates", lambda *of: True)
     x, gate_up, down, around = operands(M)
+    if M > 2:
+        around["biases"] = None, around["biases"][1]
     y = gated_mlp(x, gate_up, down, layer=1, activation=SiluMul(), **around)
     assert len(products) == 1
     assert y.dtype == x.dtype
     assert_close(y, by_parts(x, gate_up, down, SiluMul(), layer=1, **around))
 
 
-def test_gradients_are_those_of_two_products(hopper):
-    x, gate_up, down, around = operands(1)
+@pytest.mark.parametrize("M", [1, 3])
+def test_gradients_are_those_of_two_products(hopper, M):
+    x, gate_up, down, around = operands(M)
+    around["biases"] = None, None
 
     def loss(mlp):
         return lambda x: mlp(x).astype(jnp.float32).sum()
@@ -94,8 +99,10 @@ def test_gradients_are_those_of_two_products(hopper):
     assert_close(jax.grad(loss(fused))(x), jax.grad(loss(apart))(x))
 
 
-def test_under_vmap(hopper):
-    x, gate_up, down, around = operands(1)
+@pytest.mark.parametrize("M", [1, 3])
+def test_under_vmap(hopper, M):
+    x, gate_up, down, around = operands(M)
+    around["biases"] = None, None
 
     def run(x):
         return gated_mlp(x, gate_up, down, layer=jnp.int32(2), activation=SiluMul(), **around)
@@ -104,10 +111,12 @@ def test_under_vmap(hopper):
     np.testing.assert_array_equal(jax.vmap(run)(xs), jnp.stack([run(x) for x in xs]))
 
 
-@pytest.mark.parametrize("case", ["activation", "down is BF16", "weight-only", "several devices"])
+@pytest.mark.parametrize(
+    "case", ["activation", "down is BF16", "weight-only", "several devices", "bias"]
+)
 def test_what_the_kernels_do_not_take_is_two_products(hopper, products, monkeypatch, case):
     config = {"activation_scheme": None} if case == "weight-only" else {}
-    x, gate_up, down, around = operands(1, **config)
+    x, gate_up, down, around = operands(3 if case == "bias" else 1, **config)
     activation = GeluMul() if case == "activation" else SiluMul()
     if case == "down is BF16":
         down = down.dequantize(BF16)
