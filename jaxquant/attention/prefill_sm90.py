@@ -18,6 +18,7 @@ from jaxquant.array import QuantizedArray
 from jaxquant.attention.cache import FP8, PAGE, KeysOrValues, cache_shape
 from jaxquant.attention.sm90 import TRANSPOSED, WGMMA
 from jaxquant.matmul.act_quant_sm90 import quantize_groups
+from jaxquant.matmul.arithmetic_sm90 import product
 from jaxquant.matmul.sm90 import cdiv, in_stack, store, swizzled
 
 _THREADS = 128
@@ -43,8 +44,7 @@ def rotate_and_fill(
 ]:
     """Queries, keys and values as attention takes them, and a cache with the latter two.
 
-    What is rotated is rounded once less than XLA rounds it: before it becomes bfloat16, it may
-    differ by an ulp. All else is the same to the byte.
+    All of it is to the byte what XLA makes of the definitions.
 
     Args:
       qkv: R = Hq + 2 H heads of queries, keys and values; T a multiple of 128, D one of 64.
@@ -137,7 +137,10 @@ def rotate_and_fill(
             cos, sin = load(cos_gmem.at[tokens]), load(sin_gmem.at[tokens])
             for x1, x2 in pairs:
                 x1, x2 = x1.astype(jnp.float32), x2.astype(jnp.float32)
-                turned = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+                x1cos, x2cos, x1sin, x2sin = (
+                    product(x, y, tile) for y in (cos, sin) for x in (x1, x2)
+                )
+                turned = x1cos - x2sin, x2cos + x1sin
                 yield [x.astype(jnp.bfloat16).astype(jnp.float32) for x in turned]
 
         def write(out, token, head, x, which):

@@ -21,6 +21,11 @@ from jaxquant.blocked import ieee_divide
 from jaxquant.hopper import interpreted
 
 
+def product(a: Array, b: Array, layout: Any) -> Float32[Array, "..."]:
+    """`a * b`, rounded, which the compiler leaves out where it makes one operation of it and a sum."""
+    return a * b if interpreted() else _pointwise(_instruction("mul.rn.f32"), layout, a, b)
+
+
 def reciprocal(x: Float32[Array, "..."], layout: Any) -> Float32[Array, "..."]:
     """`1 / x`, correctly rounded."""
     return 1 / x if interpreted() else _pointwise(_instruction("rcp.rn.f32"), layout, x)
