@@ -22,7 +22,7 @@ from jaxquant.hopper import interpreted
 
 
 def product(a: Array, b: Array, layout: Any) -> Float32[Array, "..."]:
-    """`a * b`, rounded, which the compiler leaves out where it makes one operation of it and a sum."""
+    """`a * b`, rounded, even where the compiler would make one operation of it and a sum."""
     return a * b if interpreted() else _pointwise(_instruction("mul.rn.f32"), layout, a, b)
 
 
