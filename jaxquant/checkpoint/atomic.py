@@ -44,10 +44,10 @@ def partial_folder(
         yield partial
     except BaseException:
         if not resume:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
         raise
     else:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
     finally:
         os.close(lock)
 
@@ -98,7 +98,15 @@ def _flock(descriptor: int, folder: Path) -> None:
         pass
 
 
+def _remove(folder: Path) -> None:
+    with suppress(OSError):
+        (folder / "config.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _clear(folder: Path) -> None:
+    # First, so that whoever is stopped meanwhile leaves no checkpoint that lacks files.
+    (folder / "config.json").unlink(missing_ok=True)
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -153,6 +153,24 @@ def test_an_export_killed_at_random_moments_resumes_to_the_same_bytes(tmp_path, 
     assert os.listdir(out.parent) == ["fp8"]
 
 
+def test_a_complete_folder_that_is_cleared_is_no_checkpoint_from_the_first_moment(
+    source, out, monkeypatch
+):
+    export(source, partial(out))  # as if killed ahead of the rename
+    unlink, removed = Path.unlink, []
+
+    def stopped(path, **kwargs):
+        if removed:
+            raise KeyboardInterrupt
+        removed.append(path.name)
+        unlink(path, **kwargs)
+
+    monkeypatch.setattr(Path, "unlink", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        export(source, out, resume=True)
+    assert removed == ["config.json"]
+
+
 def _remove(folder):
     for path in folder.iterdir():
         path.unlink()
