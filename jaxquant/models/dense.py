@@ -200,9 +200,7 @@ class MLP(nnx.Module):
         gate_up, down, activation = self.gate_up_proj, self.down_proj, ACTIVATIONS[self.activation]
         if not isinstance(gate_up, FusedLinear) or not gate_up.contiguous:
             return down(gate_up.joined(x, l, norm), l, activation, residual)
-        biases = None, None
-        if gate_up.bias is not None and down.bias is not None:
-            biases = gate_up.bias.get_value(), down.bias.get_value()
+        biases = [None if p.bias is None else p.bias.get_value() for p in (gate_up, down)]
         return gated_mlp(
             x,
             gate_up.weight.get_value(),
@@ -210,6 +208,6 @@ class MLP(nnx.Module):
             layer=l,
             prologue=norm,
             activation=activation,
-            biases=biases,
+            biases=(biases[0], biases[1]),
             residual=residual,
         )
