@@ -17,6 +17,7 @@ from jaxquant.attention import xla
 from jaxquant.attention.cache import KeysOrValues
 from jaxquant.hopper import multiprocessors
 from jaxquant.matmul import QuantizedTokens
+from jaxquant.matmul.kernel_cache import kept
 
 _MAX_GROUP = 64
 _MAX_HEAD_DIM = 256
@@ -121,7 +122,7 @@ def _appending(
         config = kernel.default_config(B, H, G, S, D, sms)
         options: Any = {"window": window, "scale": scale, "softcap": softcap, "config": config}
         options["quantized"] = may_quantize and is_quantizable(B, H, G, D)
-        return kernel.append_and_attend(qkv, k, v, layer, lengths, rotation, **options)
+        return kept(kernel.append_and_attend)(qkv, k, v, layer, lengths, rotation, **options)
 
     return run
 
@@ -178,6 +179,6 @@ def _run(
 
     (B, Hq, D), (_, _, H, S, _) = q.shape, k.shape
     config = decode_sm90.default_config(B, H, Hq // H, S, D, sms)
-    return decode_sm90.decode(
+    return kept(decode_sm90.decode)(
         q, k, v, layer, lengths, window=window, scale=scale, softcap=softcap, config=config
     )

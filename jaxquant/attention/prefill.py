@@ -13,6 +13,7 @@ from jaxquant.attention.cache import PAGE, KeysOrValues, cache_shape, fill
 from jaxquant.attention.fp8 import in_units
 from jaxquant.attention.xla import rotate_halves
 from jaxquant.hopper import multiprocessors
+from jaxquant.matmul.kernel_cache import kept
 
 _logger = logging.getLogger(__name__)
 
@@ -123,4 +124,4 @@ def _run(
     # Imported here: Mosaic GPU is there only where jaxlib was built with it.
     from jaxquant.attention import prefill_sm90
 
-    return prefill_sm90.rotate_and_fill(qkv, k, v, layer, rotation, inverses)
+    return kept(prefill_sm90.rotate_and_fill)(qkv, k, v, layer, rotation, inverses)

@@ -16,6 +16,7 @@ from jaxquant.errors import JaxquantError
 from jaxquant.hopper import interpreted
 from jaxquant.matmul import mosaic_gpu
 from jaxquant.matmul.api import IMPLEMENTATIONS, matmul
+from jaxquant.matmul.kernel_cache import kept
 from jaxquant.matmul.partition import across_devices
 from jaxquant.matmul.prologue import Prologue, SiluMul
 
@@ -205,16 +206,16 @@ def _run(
     T = len(x if rows is None else rows)
     if T > _FEW_ROWS and places is not None and in_tiles(x, K):
         padded = round_up(T, 8), round_up(T, SCALE_COLUMNS)
-        xq, sx = quantize_tokens(prologue, x, K, *padded, places)
+        xq, sx = kept(quantize_tokens)(prologue, x, K, *padded, places)
         rows = None
     else:
-        xq, sx = quantize(prologue, x, layer, K, round_up(len(x), 8))
+        xq, sx = kept(quantize)(prologue, x, layer, K, round_up(len(x), 8))
         if rows is not None and T > _FEW_ROWS:
             xq = _take_bytes(xq, jnp.pad(rows, (0, -T % 8)))
             sx = sx[:, jnp.pad(rows, (0, -T % SCALE_COLUMNS))]
             rows = None
     config = grouped_sm90.default_config(T, E, N, sms)
-    return grouped_sm90.grouped(
+    return kept(grouped_sm90.grouped)(
         xq, sx, qvalue, scale, group_sizes, layer, rows, T=T, config=config, sms=sms
     )
 

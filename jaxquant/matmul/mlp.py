@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxquant.array import QuantizedArray
 from jaxquant.hopper import multiprocessors
 from jaxquant.matmul.api import check, matmul
+from jaxquant.matmul.kernel_cache import kept
 from jaxquant.matmul.mosaic_gpu import as_stacks, check_operands, fuses
 from jaxquant.matmul.prologue import Prologue, SiluMul
 from jaxquant.matmul.tokens import QuantizedTokens, kernel_layout
@@ -135,15 +136,19 @@ def _product(sms: int) -> Any:
         options: Any = {"gated": True, "out_dtype": x.dtype, "sms": sms}
         if gemv_sm90.takes(M, K):
             config = gemv_sm90.default_config(N // 2, K, sms)
-            return gemv_sm90.gemv(
+            return kept(gemv_sm90.gemv)(
                 x, None, qvalue, scale, layer, prologue, bias, config=config, **options
             )
         rows, _ = kernel_layout(M, K)
-        tokens = quantize(prologue, x, layer, K, rows.shape[0])
+        tokens = kept(quantize)(prologue, x, layer, K, rows.shape[0])
         if decode_sm90.takes(M, N, sms):
             config = decode_sm90.gated_config(M, N, K, sms)
             assert config is not None  # as `_is_fused` saw to
-            return decode_sm90.decode(*tokens, qvalue, scale, layer, M=M, config=config, **options)
-        return gemm_sm90.gemm(*tokens, qvalue, scale, layer, config=gemm_sm90.GATED, **options)
+            return kept(decode_sm90.decode)(
+                *tokens, qvalue, scale, layer, M=M, config=config, **options
+            )
+        return kept(gemm_sm90.gemm)(
+            *tokens, qvalue, scale, layer, config=gemm_sm90.GATED, **options
+        )
 
     return run

@@ -20,6 +20,7 @@ from jaxtyping import Array, BFloat16, Float, Int32
 
 from jaxquant.array import QuantizedArray
 from jaxquant.hopper import multiprocessors
+from jaxquant.matmul.kernel_cache import kept
 from jaxquant.matmul.partition import across_devices
 from jaxquant.matmul.prologue import Prologue, RMSNorm, SiluMul
 from jaxquant.matmul.tokens import QuantizedTokens
@@ -179,10 +180,10 @@ def _run(
     if not quantized and gemv_sm90.takes(M, K):
         sx = None
         if isinstance(prologue, SiluMul):  # too much for every thread block to do
-            x, sx = quantize_tokens(prologue, x, K, M)
+            x, sx = kept(quantize_tokens)(prologue, x, K, M)
             prologue = None
         config = gemv_sm90.default_config(N, K, sms)
-        return gemv_sm90.gemv(
+        return kept(gemv_sm90.gemv)(
             x, sx, qvalue, scale, layer, prologue, bias, residual,
             out_dtype=out_dtype, config=config, sms=sms,
         )  # fmt: skip
@@ -191,13 +192,13 @@ def _run(
         xq, sx = x.qvalue, x.scale
     else:
         rows = decode_sm90.padded_tokens(M) if decodes else round_up(M, _M_ALIGNMENT)
-        xq, sx = quantize(prologue, x, layer, K, rows)
+        xq, sx = kept(quantize)(prologue, x, layer, K, rows)
     if decodes:
         config = decode_sm90.default_config(M, N, K, sms)
         added = None
         if bias is None and decode_sm90.adds_residual(M, N, out_dtype, config):
             added, residual = residual, None
-        y = decode_sm90.decode(
+        y = kept(decode_sm90.decode)(
             xq, sx, qvalue, scale, layer, added, M=M, out_dtype=out_dtype, config=config, sms=sms
         )
     else:
@@ -205,7 +206,7 @@ def _run(
         added = None
         if bias is None and gemm_sm90.adds_residual(M, N, out_dtype, config):
             added, residual = residual, None
-        y = gemm_sm90.gemm(
+        y = kept(gemm_sm90.gemm)(
             xq, sx, qvalue, scale, layer, added, out_dtype=out_dtype, config=config, sms=sms
         )[:M]
     return finish(y, layer[0], out_dtype, bias, residual)
@@ -231,5 +232,7 @@ def _run_weight_only(
     if M > _M_ALIGNMENT:  # fewer rows TMA pads itself
         x = jnp.pad(x, ((0, -M % _M_ALIGNMENT), (0, 0)))
     config = w8a16_sm90.default_config(M, N, K, sms)
-    y = w8a16_sm90.product(x, qvalue, scale, layer, out_dtype=out_dtype, config=config, sms=sms)
+    y = kept(w8a16_sm90.product)(
+        x, qvalue, scale, layer, out_dtype=out_dtype, config=config, sms=sms
+    )
     return finish(y[:M], layer[0], out_dtype, bias, residual)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Float32
 
 from jaxquant.blocked import WEIGHT_AMAX_FLOOR, quantize_by_xla
 from jaxquant.hopper import interpreted, multiprocessors
+from jaxquant.matmul.kernel_cache import kept
 from jaxquant.matmul.partition import axes_of
 
 _BLOCK = 128
@@ -90,7 +91,7 @@ def _on_each_device(w: Array, *, dtype: Any, scale_fmt: str | None) -> tuple[Arr
     from jaxquant.matmul import weight_quant_sm90
 
     def run(w):
-        return weight_quant_sm90.quantize(w, dtype, scale_fmt == "ue8m0")
+        return kept(weight_quant_sm90.quantize)(w, dtype, scale_fmt == "ue8m0")
 
     def partition(mesh, args, _):
         (w,) = args
