@@ -7,11 +7,13 @@ import json
 import logging
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxquant.array import QuantizedArray
@@ -34,12 +36,10 @@ def lowered(kernel=quantize_tokens, *, prologue=None, rows=8) -> str:
     return jax.jit(program).trace(x).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def text_of_another_process(folder: str, at: str = "") -> None:
-    """Prints how many kernels it lowered, and a digest of the program."""
+def print_lowered(folder: str) -> None:
+    """Prints how many kernels this process lowered, and a digest of the program."""
     jax.config.update("jax_compilation_cache_dir", folder)
     count = counted(setattr)
-    while at and not Path(at).exists():  # both begin at once
-        pass
     text = lowered()
     print(json.dumps([len(count), hashlib.sha256(text.encode()).hexdigest()]))
 
@@ -58,25 +58,25 @@ def counted(setattr) -> list:
     return found
 
 
-def start(folder: Path, at: str = "") -> subprocess.Popen:
-    call = f"text_of_another_process({str(folder)!r}, {at!r})"
-    source = f"import sys; sys.path = {sys.path!r}; from {__name__} import *; {call}"
-    command = [sys.executable, "-c", source]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finished(process: subprocess.Popen) -> list:
-    out, errors = process.communicate()
-    assert process.returncode == 0, errors[-4000:]
-    return json.loads(out)
+def in_processes(folder: Path, n: int) -> list[list]:
+    """What `print_lowered` prints in so many processes at once."""
+    source = f"import sys; sys.path = {sys.path!r}; import {__name__} as m; m.print_lowered"
+    command = [sys.executable, "-c", f"{source}({str(folder)!r})"]
+    run = functools.partial(subprocess.run, command, capture_output=True, text=True)
+    with ThreadPoolExecutor(n) as pool:
+        processes = list(pool.map(lambda _: run(), range(n)))
+    assert all(process.returncode == 0 for process in processes), processes
+    return [json.loads(process.stdout) for process in processes]
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     monkeypatch.setattr(kernel_cache, "_calls", {})
     yield tmp_path / SUBFOLDER
-    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture
@@ -100,19 +100,16 @@ def files(folder: Path) -> list[Path]:
 
 
 def test_a_second_process_lowers_no_kernel_and_has_the_same_program(tmp_path):
-    n, program = finished(start(tmp_path))
+    [[n, program]] = in_processes(tmp_path, 1)
     assert n == 1
-    assert finished(start(tmp_path)) == [0, program]
+    assert in_processes(tmp_path, 1) == [[0, program]]
     assert len(files(tmp_path / SUBFOLDER)) == 1
 
 
-def test_two_processes_at_once_leave_one_whole_file(tmp_path):
-    at = tmp_path / "now"
-    processes = [start(tmp_path, str(at)) for _ in range(2)]
-    at.touch()
-    (_, first), (_, second) = map(finished, processes)
-    assert first == second
-    assert finished(start(tmp_path)) == [0, first]
+def test_processes_at_once_leave_one_whole_file(tmp_path):
+    found = in_processes(tmp_path, 3)
+    [program] = {program for _, program in found}
+    assert in_processes(tmp_path, 1) == [[0, program]]
     assert len(files(tmp_path / SUBFOLDER)) == 1
 
 
