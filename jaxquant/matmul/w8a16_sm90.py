@@ -20,7 +20,7 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int32
 from jaxquant.blocked import expand_blocks, take_layer, widen
 from jaxquant.hopper import interpreted
 from jaxquant.matmul import tuning
-from jaxquant.matmul.cluster_sm90 import receive, send
+from jaxquant.matmul.exchange_sm90 import COUNTER, expect, receive, send, wait
 from jaxquant.matmul.sm90 import (
     K_BLOCK,
     SCALE_ROWS,
@@ -158,18 +158,22 @@ def product(
     tiles = m_tiles * n_tiles
     # The interpreter knows no SMEM of other thread blocks: there each part is a result.
     parts, senders = (splits, turns) if interpreted() else (1, splits * turns)
+    # Stores are counted in a cluster; a thread block's own consumers meet at a barrier.
+    counted = splits > 1 and parts == 1
     # The store that transposes, and so makes y itself, is there for whole tiles of 16-bit values,
     # and would ignore the column of a second tile where y has one only.
     direct = parts == 1 and out_dtype.itemsize == 2 and N % 64 == 0 and N >= tile_n
 
     slot_bytes = _step_bytes(config)
     result_bytes = tile_n * tile_m * (out_dtype.itemsize if direct else 4)
-    sums_bytes = (senders - 1) * tile_n * tile_m * 4
+    own_sums_bytes = (senders - 1) * waves * 64 * tile_m * 4
+    sums_bytes = groups * own_sums_bytes
+    blocks = min(sms // splits, tiles)
     stages = min(_MAX_STAGES, (SMEM_BYTES - result_bytes - sums_bytes) // slot_bytes, steps)
     stages = max(2, stages // turns * turns)
 
     def kernel(x_gmem, w_gmem, sw_gmem, layer_gmem, y_gmem, *scratch):
-        x_smem, w_smem, y_smem, sums_smem, full, empty, together = scratch
+        x_smem, w_smem, y_smem, sums_smem, full, empty, together, counter = scratch
         warpgroup = lax.axis_index("warpgroup")
         l = in_stack(layer_gmem[0], L)
         part = lax.axis_index("cluster") if splits > 1 else 0
@@ -201,6 +205,7 @@ def product(
             if consumers > 1:
                 consumer_registers(consumers)
             group, turn = lax.rem(warpgroup, groups), lax.div(warpgroup, groups)
+            sender = turn if parts > 1 else part * turns + turn
 
             def wave_rows(wave):
                 return (wave * groups + group) * 64
@@ -215,7 +220,7 @@ def product(
 
                 What a product begins with is loaded and converted behind the one before.
                 """
-                kb0, blocks = part * steps + turn, steps // turns
+                kb0, own = part * steps + turn, steps // turns
 
                 def operand(slot, wave):
                     return upcast(w_smem.at[slot, pl.ds(wave_rows(wave), 64)], K)
@@ -227,7 +232,7 @@ def product(
                     slot_next = jnp.where(slot_next >= stages, slot_next - stages, slot_next)
 
                     def first_operand():
-                        @pl.when(i + 1 < blocks)
+                        @pl.when(i + 1 < own)
                         def _wait():
                             plgpu.barrier_wait(full.at[slot_next])
 
@@ -257,15 +262,21 @@ def product(
                         carry = add_block(i * unrolled + j, carry)
                     return carry
 
-                carry = lax.fori_loop(0, blocks // unrolled, add_blocks, carry)
-                carry = lax.fori_loop(blocks - blocks % unrolled, blocks, add_block, carry)
+                carry = lax.fori_loop(0, own // unrolled, add_blocks, carry)
+                carry = lax.fori_loop(own - own % unrolled, own, add_block, carry)
                 slot, _, _, totals = carry
                 return slot, totals
 
-            def wait_for_all():
+            def arrive(**again):
+                """Says that parts may be sent here, and that this consumer's were."""
+                if counted:
+
+                    @pl.when(sender == 0)
+                    def _expect():
+                        expect(counter.at[group], own_sums_bytes, **again)
+
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(together)
-                plgpu.barrier_wait(together)
 
             def epilogue(totals, m0, n0):
                 """Registers to SMEM to GMEM; TMA drops what lies outside the result."""
@@ -292,22 +303,35 @@ def product(
                 if senders == 1:
                     epilogue(totals, m0, n0)
                     return slot
-                sender = turn if parts > 1 else part * turns + turn
+
+                plgpu.barrier_wait(together)
 
                 @pl.when(sender > 0)
                 def _send():
                     for wave, total in enumerate(totals):
-                        send(total, sums_smem.at[sender - 1, group, wave])
+                        target = sums_smem.at[sender - 1, group, wave]
+                        send(total, target, counter.at[group] if counted else None)
 
-                wait_for_all()
+                if not counted:
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(together)
+                    plgpu.barrier_wait(together)
 
                 @pl.when(sender == 0)
                 def _sum():
+                    if counted:
+                        wait(counter.at[group])
                     epilogue(totals, m0, n0)
 
-                if tiles > sms // splits:  # the next tile's sums come to the same place
-                    wait_for_all()
+                @pl.when(tile + blocks < tiles)
+                def _again():  # the next tile's sums come to the same place
+                    plgpu.commit_smem()
+                    arrive(again=True)
+
                 return slot
+
+            if senders > 1:
+                arrive()
 
             for_each_tile(tiles, jnp.int32(0) + turn, do_tile)
             plgpu.wait_smem_to_gmem(0)
@@ -341,8 +365,9 @@ def product(
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
             together,
+            plgpu.SMEM((groups, *COUNTER.shape), jnp.int32),
         ],
-        grid=(min(sms // splits, tiles),),
+        grid=(blocks,),
         grid_names=("sm",),
         num_threads=consumers + 1,
         thread_name="warpgroup",
