@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
@@ -77,7 +78,7 @@ def decode_attention(
 
 
 def append_and_attend(
-    qkv: Float[Array, "B R D"],
+    qkv: Float[Array, "B R D"] | tuple[Array, Array, Array],
     k: KeysOrValues,
     v: KeysOrValues,
     layer: Int[Array, ""] | int,
@@ -101,7 +102,8 @@ def append_and_attend(
     written in place.
 
     Args:
-      qkv: floating; R = Hq + 2 H heads: of queries, of keys, of values.
+      qkv: floating; R = Hq + 2 H heads: of queries, of keys, of values. Or these three apart,
+        where heads are divided among devices.
       k: as in `decode_attention`, all layers.
       v: likewise.
       layer: which of the L, possibly traced.
@@ -127,17 +129,26 @@ def append_and_attend(
     (1.0, 1.0)
     """
     op = "append_and_attend"
-    if qkv.ndim != 3 or k.ndim != 5 or qkv.shape[1] <= 2 * k.shape[2]:
-        raise JaxquantError(
-            f"{op}: qkv is {list(qkv.shape)}, k {list(k.shape)}; "
-            "allowed: qkv [B, Hq + 2 H, D], k [L, B, H, S, D]"
-        )
-    _check(op, qkv[:, : -2 * k.shape[2]], k, v, layer, lengths, window, scale, softcap)
-    B, _, D = qkv.shape
+    if not isinstance(qkv, tuple):
+        if qkv.ndim != 3 or k.ndim != 5 or qkv.shape[1] <= 2 * k.shape[2]:
+            raise JaxquantError(
+                f"{op}: qkv is {list(qkv.shape)}, k {list(k.shape)}; "
+                "allowed: qkv [B, Hq + 2 H, D], k [L, B, H, S, D]"
+            )
+        qkv = xla.heads_of(qkv, k.shape[2])
+    q, *new = qkv
+    _check(op, q, k, v, layer, lengths, window, scale, softcap)
+    B, _, D = q.shape
+    for x in new:
+        if x.shape != (B, k.shape[2], D):
+            raise JaxquantError(
+                f"{op}: new keys and values are {[list(x.shape) for x in new]}; "
+                f"allowed: {[B, k.shape[2], D]}"
+            )
     for table in rotation or ():
         if table.shape != (B, D // 2) or D % 2:
             raise JaxquantError(
-                f"{op}: rotation has {list(table.shape)}, qkv {list(qkv.shape)}; "
+                f"{op}: rotation has {list(table.shape)}, queries {list(q.shape)}; "
                 f"allowed: [{B}, D / 2], for an even D"
             )
     operands = qkv, k, v, layer, lengths, rotation
@@ -187,7 +198,7 @@ def _run(
         except NotImplementedError as reason:
             reasons.append(str(reason))
         else:
-            q, k = operands[:2]
+            q, k = jax.tree.leaves(operands[0])[0], operands[1]
             _logger.debug("%s of %s to k %s: %s", op, list(q.shape), list(k.shape), name)
             return result
     raise NotImplementedError("; ".join(reasons))

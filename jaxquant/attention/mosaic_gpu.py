@@ -14,7 +14,8 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int, Int32
 
 from jaxquant.array import QuantizedArray
 from jaxquant.attention import xla
-from jaxquant.attention.cache import KeysOrValues
+from jaxquant.attention.cache import KeysOrValues, cache_shape
+from jaxquant.attention.partition import across_devices, dims_of
 from jaxquant.hopper import multiprocessors
 from jaxquant.matmul import QuantizedTokens
 from jaxquant.matmul.kernel_cache import kept
@@ -54,7 +55,7 @@ def decode_attention(
 
 
 def append_and_attend(
-    qkv: Float[Array, "B R D"],
+    qkv: tuple[Float[Array, "B Hq D"], Float[Array, "B H D"], Float[Array, "B H D"]],
     k: KeysOrValues,
     v: KeysOrValues,
     layer: Any,
@@ -71,17 +72,18 @@ def append_and_attend(
     Raises:
       NotImplementedError: the device or the operands are not what the kernel takes; says why.
     """
-    sms = multiprocessors(qkv, "products of decode attention")
-    H, D = k.shape[2], k.shape[4]
-    _check_operands(qkv[:, : -2 * H], k, v)
+    q, new_k, new_v = qkv
+    sms = multiprocessors(q, "products of decode attention")
+    D = q.shape[2]
+    _check_operands(q, k, v)
     if D % _APPENDED_ALIGNMENT:
         _refuse(f"D is {D}", f"multiples of {_APPENDED_ALIGNMENT}, where it appends")
     if rotation is not None and D % (2 * _APPENDED_ALIGNMENT):
-        rotated = xla.rotate_halves(qkv[:, :-H], *rotation)
-        qkv, rotation = jnp.concatenate([rotated, qkv[:, -H:]], axis=1), None
+        q, new_k = (xla.rotate_halves(x, *rotation) for x in (q, new_k))
+        rotation = None
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
     run = _appending(window, scale, softcap, may_quantize, sms)
-    return run(qkv, k, v, layer, lengths.astype(jnp.int32), rotation)
+    return run((q, new_k, new_v), k, v, layer, lengths.astype(jnp.int32), rotation)
 
 
 def _refuse(what: str, allowed: str) -> None:
@@ -117,12 +119,38 @@ def _appending(
         from jaxquant.attention.sm90 import is_quantizable
 
         kernel: Any = decode_fp8_sm90 if isinstance(k, QuantizedArray) else decode_sm90
-        _, B, H, S, D = k.shape
-        G = qkv.shape[1] // H - 2
-        config = kernel.default_config(B, H, G, S, D, sms)
-        options: Any = {"window": window, "scale": scale, "softcap": softcap, "config": config}
-        options["quantized"] = may_quantize and is_quantizable(B, H, G, D)
-        return kept(kernel.append_and_attend)(qkv, k, v, layer, lengths, rotation, **options)
+        _, B, H, S, D = cache_shape(k)
+        q, new_k, new_v = qkv
+        Hq = q.shape[1]
+        quantized = may_quantize and is_quantizable(B, H, Hq // H, D)
+        options: Any = {"window": window, "scale": scale, "softcap": softcap}
+
+        def attend(q, new_k, new_v, k, v, *others):
+            # Where these are slices of one product, side by side, XLA takes the product itself, if
+            # it sees them in its shape.
+            B, H, G, _ = q.shape
+            qkv = jnp.concatenate([x.reshape(B, 1, -1) for x in (q, new_k, new_v)], axis=2)
+            config = kernel.default_config(B, H, G, S, D, sms)
+            out, k, v = kept(kernel.append_and_attend)(
+                qkv.reshape(B, -1, D), k, v, *others, config=config, quantized=quantized, **options
+            )
+            if isinstance(out, QuantizedTokens):
+                heads = out.qvalue.reshape(len(out.qvalue), H, -1, D)
+                return (heads, out.scale.reshape(H, -1, out.scale.shape[1])), k, v
+            return out.reshape(B, H, -1, D), k, v
+
+        operands = q.reshape(B, H, -1, D), new_k, new_v, k, v, layer, lengths, rotation
+        # Quantized, tokens are padded, and none may be on another device.
+        b = "t" if quantized else "b"
+        cache = dims_of(k, "k", b), dims_of(v, "v", b)
+        taken = f"{b} h g d", f"{b} h d", f"{b} h d", *cache
+        others = "one", b, None if rotation is None else f"{b} pairs"
+        left = ("padded h g d", "h groups columns") if quantized else f"{b} h g d"
+        out, k, v = across_devices(attend, operands, (*taken, *others), (left, *cache))
+        if not quantized:
+            return out.reshape(B, Hq, D), k, v
+        qvalue, scales = out[0].reshape(-1, Hq * D), out[1].reshape(-1, out[1].shape[-1])
+        return QuantizedTokens(qvalue, scales, (B,), jnp.dtype(q.dtype)), k, v
 
     return run
 
@@ -178,7 +206,15 @@ def _run(
     from jaxquant.attention import decode_sm90
 
     (B, Hq, D), (_, _, H, S, _) = q.shape, k.shape
-    config = decode_sm90.default_config(B, H, Hq // H, S, D, sms)
-    return kept(decode_sm90.decode)(
-        q, k, v, layer, lengths, window=window, scale=scale, softcap=softcap, config=config
-    )
+
+    def attend(q, *others):
+        B, H, G, _ = q.shape
+        config = decode_sm90.default_config(B, H, G, S, D, sms)
+        options: Any = {"window": window, "scale": scale, "softcap": softcap, "config": config}
+        out = kept(decode_sm90.decode)(q.reshape(B, H * G, D), *others, **options)
+        return out.reshape(q.shape)
+
+    cache = dims_of(k, "k"), dims_of(v, "v")
+    operands = q.reshape(B, H, Hq // H, D), k, v, layer, lengths
+    out = across_devices(attend, operands, ("b h g d", *cache, "one", "b"), "b h g d")
+    return out.reshape(q.shape)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Float32, Int
 from jaxquant.array import QuantizedArray
 from jaxquant.attention.cache import PAGE, KeysOrValues, cache_shape, fill
 from jaxquant.attention.fp8 import in_units
+from jaxquant.attention.partition import across_devices, dims_of
 from jaxquant.attention.xla import rotate_halves
 from jaxquant.hopper import multiprocessors
 from jaxquant.matmul.kernel_cache import kept
@@ -90,20 +91,18 @@ def _kernel(
             _refuse(f"{name} is {x.dtype}", "bfloat16")
     if D not in _HEAD_DIMS or v.shape[3] != D:
         _refuse(f"D is {D} and {v.shape[3]}", f"the same for all, of {_HEAD_DIMS}")
+    if Hq % (H := k.shape[2]):
+        _refuse(f"q has {Hq} heads, k {H}", "a multiple of k's")
     if T % PAGE or q.size == 0:
         _refuse(f"q is {list(q.shape)}", f"multiples of {PAGE} tokens")
-    if 2 * B * T * (Hq + 2 * k.shape[2]) * D >= _MAX_BYTES:
+    if 2 * B * T * (Hq + 2 * H) * D >= _MAX_BYTES:
         _refuse(f"q is {list(q.shape)}", f"less than {_MAX_BYTES} bytes in all")
     S = cache_shape(cache_k)[3]
     if T > S or S % _SLOT_ALIGNMENT:
         _refuse(f"S is {S}", f"multiples of {_SLOT_ALIGNMENT}, for all {T} tokens")
-    if jax.device_count() > 1:  # it would have all of the cache on each
-        _refuse(f"there are {jax.device_count()} devices", "one")
-    # Where these are slices of one product, side by side, XLA takes the product itself.
-    qkv = jnp.concatenate([x.reshape(B, T, -1) for x in (q, k, v)], axis=-1).reshape(B, T, -1, D)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
     inverses = None if units is None else 1 / units
-    return _run(qkv, cache_k, cache_v, layer, rotation, inverses)
+    return _run(q, k, v, cache_k, cache_v, layer, rotation, inverses)
 
 
 def _refuse(what: str, allowed: str) -> None:
@@ -114,9 +113,11 @@ def _refuse(what: str, allowed: str) -> None:
 @sequential_vmap
 @jax.jit
 def _run(
-    qkv: Array,
-    k: KeysOrValues,
-    v: KeysOrValues,
+    q: Array,
+    k: Array,
+    v: Array,
+    cache_k: KeysOrValues,
+    cache_v: KeysOrValues,
     layer: Array,
     rotation: tuple[Array, Array],
     inverses: Array | None,
@@ -124,4 +125,20 @@ def _run(
     # Imported here: Mosaic GPU is there only where jaxlib was built with it.
     from jaxquant.attention import prefill_sm90
 
-    return kept(prefill_sm90.rotate_and_fill)(qkv, k, v, layer, rotation, inverses)
+    B, T, Hq, D = q.shape
+    H = k.shape[2]
+
+    def run(q, k, v, *others):
+        # Where these are slices of one product, side by side, XLA takes the product itself.
+        rows = (*q.shape[:2], -1)
+        qkv = jnp.concatenate([x.reshape(rows) for x in (q, k, v)], axis=-1)
+        qkv = qkv.reshape(*rows, D)
+        (q, *kv), *caches = kept(prefill_sm90.rotate_and_fill)(qkv, *others)
+        return (q.reshape(*rows, Hq // H, D), *kv), *caches
+
+    taken = "b t h g d", "b t h d", "b t h d"
+    cache = dims_of(cache_k, "k"), dims_of(cache_v, "v")
+    operands = q.reshape(B, T, H, -1, D), k, v, cache_k, cache_v, layer, rotation, inverses
+    others = "one", "b t pairs", None if inverses is None else "three"
+    (q, *kv), *caches = across_devices(run, operands, (*taken, *cache, *others), (taken, *cache))
+    return (q.reshape(B, T, Hq, D), *kv), *caches

@@ -49,8 +49,21 @@ def decode_attention(
     return product("bhgs,bhsd->bhgd", weights.astype(v.dtype), v).astype(q.dtype).reshape(q.shape)
 
 
+def heads_of(
+    qkv: Float[Array, "B R D"] | tuple[Array, Array, Array], H: int
+) -> tuple[Float[Array, "B Hq D"], Float[Array, "B H D"], Float[Array, "B H D"]]:
+    """Queries, keys and values, of H key/value heads, if they are not apart yet."""
+    if isinstance(qkv, tuple):
+        return qkv
+    B, R, D = qkv.shape
+    # As columns, in the shape in which the kernel joins them again: XLA does neither then.
+    parts = jnp.split(qkv.reshape(B, 1, -1), [(R - 2 * H) * D, (R - H) * D], axis=2)
+    q, k, v = (x.reshape(B, -1, D) for x in parts)
+    return q, k, v
+
+
 def append_and_attend(
-    qkv: Float[Array, "B R D"],
+    qkv: Float[Array, "B R D"] | tuple[Array, Array, Array],
     k: KeysOrValues,
     v: KeysOrValues,
     layer: Any,
@@ -70,8 +83,7 @@ def append_and_attend(
       rotation: cosines and sines, or None.
       attend: `decode_attention` with its options.
     """
-    H = k.shape[2]
-    q, new_k, new_v = jnp.split(qkv, [qkv.shape[1] - 2 * H, qkv.shape[1] - H], axis=1)
+    q, new_k, new_v = heads_of(qkv, k.shape[2])
     if rotation is not None:
         q, new_k = (rotate_halves(x, *rotation) for x in (q, new_k))
     k, v = append(k, new_k, layer, lengths), append(v, new_v, layer, lengths)

@@ -26,7 +26,7 @@ from jaxquant.checkpoint.stream import Slab, skipped_reports, stream, tensor_rep
 from jaxquant.checkpoint.writer import write_folder
 from jaxquant.config import QuantConfig
 from jaxquant.errors import CheckpointError, JaxquantError
-from jaxquant.models.fused import FusedRows, rows_of, split_name, whole_name
+from jaxquant.models.fused import FusedRows, pieces, rows_of, split_name, whole_name
 from jaxquant.models.hf_config import HFConfig
 from jaxquant.models.registry import Family, places
 from jaxquant.report import QuantReport, TensorReport
@@ -130,7 +130,8 @@ def save_model(
     sources, kept = [], []
     for name, place in places(module, slots).items():
         slot, value = slots[name], place.param.get_value()
-        sources += _array_sources(name, value, slot.shape, place.index, place.row)
+        where = place.index, place.row, place.group
+        sources += _array_sources(name, value, slot.shape, *where)
         if not isinstance(value, QuantizedArray) and _is_linear(name, slot.shape):
             kept.append(whole_name(name, family.fused).removesuffix(".weight"))
     sources = _fuse(sources, family.fused, config.weight_block_size[0] if config else 1)
@@ -272,24 +273,36 @@ def _job(folder: CheckpointFolder) -> str:
 
 
 def _array_sources(
-    name: str, value: Any, shape: tuple[int, ...], index: tuple[int, ...] = (), row: int = 0
+    name: str,
+    value: Any,
+    shape: tuple[int, ...],
+    index: tuple[int, ...] = (),
+    row: int = 0,
+    group: tuple[int, int] | None = None,
 ) -> Iterator[TensorSource]:
-    """Of an array, stored as `shape`: one of a stack, the rows from `row` on."""
+    """Of an array, stored as `shape`: one of a stack, the rows from `row` on, by `group`."""
 
-    def source(name: str, array: Any, shape: tuple[int, ...], row: int) -> TensorSource:
+    def source(name: str, array: Any, shape: tuple[int, ...], block: int) -> TensorSource:
         def read() -> np.ndarray:
             whole = np.asarray(_take(array, index) if index else array)
-            return np.ascontiguousarray(whole[row : row + shape[0]]) if shape else whole
+            if not shape:
+                return whole
+            of_blocks = None if group is None else (group[0] // block, group[1] // block)
+            rows = [
+                whole[at : at + len(piece)]
+                for piece, at in pieces(shape[0], row // block, of_blocks)
+            ]
+            return np.ascontiguousarray(rows[0]) if len(rows) == 1 else np.concatenate(rows)
 
         return TensorSource(name, np.dtype(array.dtype), shape, read)
 
     if isinstance(value, QuantizedArray):
         *lead, N, K = shape
         grid = (*lead, *grid_shape((N, K), value.block_size))
-        yield source(name, value.qvalue, shape, row)
-        yield source(name + _SCALE_SUFFIX, value.scale, grid, row // value.block_size[0])
+        yield source(name, value.qvalue, shape, 1)
+        yield source(name + _SCALE_SUFFIX, value.scale, grid, value.block_size[0])
     else:
-        yield source(name, value, shape, row)
+        yield source(name, value, shape, 1)
 
 
 @jax.jit

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxquant.checkpoint.folder import CheckpointFolder
 from jaxquant.checkpoint.plan import Item, Plan
 from jaxquant.checkpoint.progress import Progress
-from jaxquant.checkpoint.sharding import shardings
+from jaxquant.checkpoint.sharding import shardings, tensor_axis
 from jaxquant.checkpoint.stream import skipped_reports, stream
 from jaxquant.checkpoint.target import Destination, Target
 from jaxquant.models.layers import Stack
@@ -47,7 +47,9 @@ def load(
       JaxquantError: a mesh that does not say what to divide over.
     """
     dtype = jnp.dtype(dtype)
-    model = plan.family.abstract_model(dtype, _stacks(plan))
+    axis = None if mesh is None else tensor_axis(mesh)
+    devices = 1 if mesh is None else mesh.shape[axis]
+    model = plan.family.abstract_model(dtype, _stacks(plan, devices))
     place_of = places(model, {item.name: item.slot for item in plan.items})
     # A router's correction bias stays float32, whatever the model is in.
     dtypes = {name: jnp.dtype(place.param.get_value().dtype) for name, place in place_of.items()}
@@ -64,7 +66,7 @@ def load(
         for place in place_of.values()
     }
     destinations = {
-        name: Destination(targets[id(place.param)], place.index, place.row)
+        name: Destination(targets[id(place.param)], place.index, place.row, place.group)
         for name, place in place_of.items()
     }
     total = sum(folder.info(item.name).nbytes for item in plan.items)
@@ -78,8 +80,8 @@ def load(
         return model, QuantReport((*entries, *skipped_reports(folder, plan)), bar.timing())
 
 
-def _stacks(plan: Plan) -> list[Stack]:
-    """Runs of layers in which the same parameters are quantized."""
+def _stacks(plan: Plan, devices: int) -> list[Stack]:
+    """Runs of layers in which the same parameters are quantized, for so many devices."""
     layers: dict[int, list[Item]] = {}
     for item in plan.items:
         if item.slot.layer is not None:
@@ -91,7 +93,8 @@ def _stacks(plan: Plan) -> list[Stack]:
     ):
         first, *others = run
         numbers = range(first, first + len(others) + 1)
-        stacks.append(Stack(numbers, row_alignment=alignment, separate=_mixed(layers[first])))
+        separate = _mixed(layers[first])
+        stacks.append(Stack(numbers, alignment, separate, groups=devices))
     return stacks
 
 

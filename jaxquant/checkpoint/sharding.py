@@ -2,7 +2,8 @@
 
 As in Megatron-LM (https://arxiv.org/abs/1909.08053): most products are divided by their outputs,
 and those that take such outputs in, `o_proj` and `down_proj`, by their inputs, so that a layer
-exchanges activations twice. Blocks stay whole, so the bytes are those of one device.
+exchanges activations twice. Blocks stay whole, so the bytes are those of one device. A fused weight
+has groups of rows (`FusedLinear`), so that a device gets its share of each projection.
 """
 
 from collections.abc import Mapping

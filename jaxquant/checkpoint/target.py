@@ -18,6 +18,7 @@ from jaxquant.blocked import grid_shape
 from jaxquant.checkpoint.convert import COMPILER_OPTIONS, convert, converted
 from jaxquant.checkpoint.reader import aligned
 from jaxquant.config import QuantConfig
+from jaxquant.models.fused import pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,22 +175,29 @@ class Destination:
       target: the parameter.
       index: of its leading axes.
       row: the first one.
+      group: see `jaxquant.models.fused.pieces`.
     """
 
     target: Target
     index: tuple[int, ...]
     row: int
+    group: tuple[int, int] | None = None
 
     def strips(self, shape: tuple[int, ...]) -> list[Strip]:
         """What the devices of this process have of the tensor, of this shape."""
         found: dict[tuple, dict[tuple, list]] = {}
         for device, held in self.target.held.items():
             rows, *columns = held[-len(shape) :]
-            start, stop = max(rows.start - self.row, 0), min(rows.stop - self.row, shape[0])
-            if start < stop:
-                whole = not columns or len(columns[0]) == shape[1]
-                key = (None, None) if whole else (columns[0].start, columns[0].stop)
-                found.setdefault((start, stop), {}).setdefault(key, []).append(device)
+            whole = not columns or len(columns[0]) == shape[1]
+            key = (None, None) if whole else (columns[0].start, columns[0].stop)
+            for piece, row in pieces(shape[0], self.row, self.group):
+                offset = piece.start - row
+                start, stop = (
+                    max(rows.start + offset, piece.start),
+                    min(rows.stop + offset, piece.stop),
+                )
+                if start < stop:
+                    found.setdefault((start, stop), {}).setdefault(key, []).append(device)
         return [
             Strip(slice(*rows), tuple(Part(slice(*c), tuple(on)) for c, on in parts.items()))
             for rows, parts in found.items()
@@ -198,7 +206,8 @@ class Destination:
     def start(self, device: Any, rows: slice) -> np.ndarray:
         """Where rows begin in the shard of a device: leading axes, and row."""
         first = self.target.held[device][len(self.index)].start
-        return np.array([*self.index, self.row + rows.start - first], np.int32)
+        *_, (piece, row) = pieces(rows.start + 1, self.row, self.group)
+        return np.array([*self.index, row + rows.start - piece.start - first], np.int32)
 
     def put(self, device: Any, rows: Any, start: Any, config: Any, dtype: Any) -> jax.Array:
         """As `Target.put`."""

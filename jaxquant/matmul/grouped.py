@@ -200,7 +200,7 @@ def _run(
 
         def product(x, group):
             at = in_stack(layer, len(qvalue) // E) * E + group
-            return mosaic_gpu._run(x, None, one, at, out_dtype=out_dtype, sms=sms)
+            return mosaic_gpu.run_product(x, None, one, at, out_dtype=out_dtype, sms=sms)
 
         return _tiled(_rows_of(x, rows, layer[0], prologue), group_sizes, N, out_dtype, product)
     T = len(x if rows is None else rows)

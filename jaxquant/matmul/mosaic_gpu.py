@@ -57,7 +57,7 @@ def matmul(
     out_dtype, N = jnp.dtype(out_dtype), w.qvalue.shape[-2]
     stacks, layer = as_stacks(w, layer, prologue, bias, out_dtype)
     rows = None if residual is None else residual.reshape(-1, N).astype(out_dtype)
-    run = _batchable(_run_weight_only if weight_only else _run, out_dtype, sms)
+    run = _batchable(_run_weight_only if weight_only else run_product, out_dtype, sms)
     tokens = x if isinstance(x, QuantizedTokens) else x.reshape(-1, x.shape[-1])
     y = run(tokens, rows, stacks, layer)
     return y.reshape(*x.shape[:-1], N)
@@ -159,7 +159,7 @@ def _batchable(product: Any, out_dtype: Any, sms: int) -> Any:
 
 # Compiled once a shape, also where the caller does not jit.
 @functools.partial(jax.jit, static_argnames=("out_dtype", "sms"))
-def _run(
+def run_product(
     x: Float[Array, "M A"] | QuantizedTokens,
     residual: Float[Array, "M N"] | None,
     stacks: Any,

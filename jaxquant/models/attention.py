@@ -219,10 +219,9 @@ class DecodeStep:
             rotation = cos[:, 0], sin[:, 0]
         else:
             q, k = (self.rotations.rotate(y, rope) for y in (q, k))
-        # Where these are slices of one product, side by side, XLA takes the product itself.
-        qkv = jnp.concatenate([y.reshape(B, 1, -1) for y in (q, k, v)], axis=-1).reshape(B, -1, D)
         options: Any = {"window": window, "scale": scale, "softcap": softcap}
         options["may_quantize"] = may_quantize
+        qkv = q[:, 0], k[:, 0], v[:, 0]
         out, *new = append_and_attend(
             qkv, cache.k, cache.v, layer, self.filled, rotation, **options
         )

@@ -210,4 +210,5 @@ class MLP(nnx.Module):
             activation=activation,
             biases=(biases[0], biases[1]),
             residual=residual,
+            groups=gate_up.groups,
         )

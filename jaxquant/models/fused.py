@@ -89,6 +89,23 @@ def rows_of(name: str, fused: Mapping[str, FusedRows]) -> FusedRows | None:
     return fused.get(name.split(".")[-2]) if "." in name else None
 
 
+def pieces(height: int, row: int, group: tuple[int, int] | None) -> list[tuple[range, int]]:
+    """The rows of a tensor piece by piece, and where each piece begins in a parameter.
+
+    Args:
+      height: rows of the tensor.
+      row: where the first one is.
+      group: rows of a piece, and from where one begins to where the next one does; None is one
+        piece.
+
+    >>> pieces(4, 6, (2, 8))
+    [(range(0, 2), 6), (range(2, 4), 14)]
+    """
+    size, step = group or (height, 0)
+    starts = range(0, height, size) if height else ()
+    return [(range(at, at + size), row + i * step) for i, at in enumerate(starts)]
+
+
 @dataclasses.dataclass(frozen=True)
 class StackedExperts:
     """How the experts of a layer lie in two tensors `[E, N, K]`, as transformers 5 has them.

@@ -36,11 +36,13 @@ class Stack:
       row_alignment: rows at which a projection may begin in a fused weight: a block's rows.
       separate: names of fused products that have a weight for each projection here, because only
         some of these are quantized.
+      groups: devices that rows are divided among.
     """
 
     layers: range
     row_alignment: int = 1
     separate: frozenset[str] = frozenset()
+    groups: int = 1
 
 
 class Linear(nnx.Module):
@@ -71,16 +73,21 @@ class FusedLinear(nnx.Module):
     """Projections of the same input as one product: their weights stand one below the other.
 
     Each begins at a multiple of `stack.row_alignment` rows, so that its blocks are its own; the
-    rows between are zeros.
+    rows between are zeros. Where they divide into `stack.groups` parts of whole blocks, they stand
+    so in each of as many groups of rows: a device that has one has its share of all projections.
 
     Attributes:
       names: of the projections.
-      rows: the first row of each, and the one behind its last.
+      groups: of rows.
+      rows: the first row of each in a group, and the one behind its last.
     """
 
     def __init__(self, parts: Mapping[str, int], K: int, stack: Stack, *, bias: bool, dtype: Any):
-        self.names, self.rows = tuple(parts), fused_rows(parts.values(), stack)
-        end = self.rows[-1][1]
+        whole = stack.groups * stack.row_alignment
+        self.groups = 1 if any(N % whole for N in parts.values()) else stack.groups
+        sizes = [N // self.groups for N in parts.values()]
+        self.names, self.rows = tuple(parts), fused_rows(sizes, stack)
+        end = self.groups * self.rows[-1][1]
         self.weight = unloaded(len(stack.layers), end, K, dtype=dtype)
         self.bias = unloaded(len(stack.layers), end, dtype=dtype) if bias else None
 
@@ -94,13 +101,16 @@ class FusedLinear(nnx.Module):
     ) -> list[Float[Array, "*batch _"]]:
         """The projections of one layer, in their order, of `prologue(x)`."""
         y = _linear(self, x, layer, prologue)
-        return [y[..., start:end] for start, end in self.rows]
+        if self.groups == 1:
+            return [y[..., start:end] for start, end in self.rows]
+        batch, groups = y.shape[:-1], y.reshape(*y.shape[:-1], self.groups, -1)
+        return [groups[..., start:end].reshape(*batch, -1) for start, end in self.rows]
 
     def joined(
         self, x: Float[Array, "*batch A"], layer: Any, prologue: Prologue | None = None
     ) -> Float[Array, "*batch _"]:
         """The projections one behind the other."""
-        if self.contiguous:
+        if self.contiguous and self.groups == 1:
             return _linear(self, x, layer, prologue)
         return jnp.concatenate(self(x, layer, prologue), axis=-1)
 
@@ -226,7 +236,11 @@ class Table(nnx.Module):
 
     def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch K"]:
         """The rows of these tokens."""
-        return self.weight.get_value()[tokens]
+        if tokens.size > 1:
+            return self.weight.get_value()[tokens]
+        # Of a single row XLA makes a slice, for which it gathers a divided table on all devices.
+        rows = self.weight.get_value()[jnp.broadcast_to(tokens, (2, *tokens.shape))]
+        return rows[0]
 
     def logits(
         self, x: Float[Array, "*batch K"], norm: Prologue | None = None

@@ -70,11 +70,14 @@ class Place:
       param: the parameter.
       index: the layer in a stack, then the expert; empty for a parameter that is no stack.
       row: the first row; not 0 only in a fused weight.
+      group: where a fused weight has groups of rows, how many of these are the tensor's, and how
+        many there are; see `fused.pieces`.
     """
 
     param: nnx.Param
     index: tuple[int, ...]
     row: int
+    group: tuple[int, int] | None = None
 
 
 class Family:
@@ -172,9 +175,10 @@ def _parameters(
         *parents, product = prefix
         for part, (start, end) in zip(module.names, module.rows, strict=True):
             for name, param in _children(module):
-                L, _, *rest = param.get_value().shape
-                path = "/".join((*parents, part, name))
-                yield path, Place(param, (), start), (L, end - start, *rest), product
+                L, height, *rest = param.get_value().shape
+                path, groups, size = "/".join((*parents, part, name)), module.groups, end - start
+                group = None if groups == 1 else (size, height // groups)
+                yield path, Place(param, (), start, group), (L, groups * size, *rest), product
         return
     if isinstance(module, ExpertLinear):
         parents, param = prefix[:-1], module.weight

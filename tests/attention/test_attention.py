@@ -128,7 +128,7 @@ QKV, TABLE = jnp.ones((2, 8, 8)), jnp.ones((2, 4))
         ({"qkv": QKV[:, :7]}, "q has 3 heads, k 2; allowed: a multiple of k's"),
         (
             {"rotation": (TABLE, TABLE[:1])},
-            "rotation has [1, 4], qkv [2, 8, 8]; allowed: [2, D / 2], for an even D",
+            "rotation has [1, 4], queries [2, 4, 8]; allowed: [2, D / 2], for an even D",
         ),
         ({"implementation": "cuda"}, "implementation is 'cuda'; allowed: mosaic_gpu, xla"),
     ],

@@ -1,5 +1,7 @@
 """The gated MLP, its kernels run by Pallas's interpreter, against two products."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +20,9 @@ L, F, K, N = 3, 256, 1024, 136
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """A CPU that stands in for a process's only GPU, a Hopper."""
+    """A CPU that stands in for a Hopper GPU."""
     for module in (mosaic_gpu, mlp):
         monkeypatch.setattr(module, "multiprocessors", lambda x, what: 2)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
     params = plgpu.InterpretGPUParams(
         out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
     )
@@ -30,15 +31,16 @@ def hopper(monkeypatch):
 
 
 @pytest.fixture
-def products(monkeypatch):
-    """How many products there were apart from fused ones."""
+def apart(monkeypatch):
+    """What was computed by two products."""
     calls = []
+    two_products = mlp._two_products
 
     def counted(*args, **kwargs):
         calls.append(args)
-        return matmul(*args, **kwargs)
+        return two_products(*args, **kwargs)
 
-    monkeypatch.setattr(mlp, "matmul", counted)
+    monkeypatch.setattr(mlp, "_two_products", counted)
     return calls
 
 
@@ -71,14 +73,29 @@ def assert_close(y, expected):
 
 
 @pytest.mark.parametrize("M", [1, 2, 3, 20, 136])
-def test_one_kernel_less_and_the_same_result(hopper, products, monkeypatch, M):
+def test_one_kernel_less_and_the_same_result(hopper, apart, monkeypatch, M):
     monkeypatch.setattr(gemm_sm90, "gates", lambda *of: True)
     x, gate_up, down, around = operands(M)
     if M > 2:
         around["biases"] = None, around["biases"][1]
     y = gated_mlp(x, gate_up, down, layer=1, activation=SiluMul(), **around)
-    assert len(products) == 1
+    assert not apart
     assert y.dtype == x.dtype
+    assert_close(y, by_parts(x, gate_up, down, SiluMul(), layer=1, **around))
+
+
+@pytest.mark.parametrize("M", [1, 3])
+def test_groups_of_rows_are_gated_by_their_own(hopper, M):
+    x, gate_up, down, around = operands(M)
+    around["biases"] = None, None
+    # Of the gate and of what it gates, 128 rows each.
+    order = np.arange(2 * F).reshape(2, 2, -1).swapaxes(0, 1).reshape(-1)
+    grouped = dataclasses.replace(
+        gate_up,
+        qvalue=gate_up.qvalue[:, order],
+        scale=gate_up.scale[:, order[::128] // 128],
+    )
+    y = gated_mlp(x, grouped, down, layer=1, activation=SiluMul(), groups=2, **around)
     assert_close(y, by_parts(x, gate_up, down, SiluMul(), layer=1, **around))
 
 
@@ -93,10 +110,10 @@ def test_gradients_are_those_of_two_products(hopper, M):
     def fused(x):
         return gated_mlp(x, gate_up, down, layer=1, activation=SiluMul(), **around)
 
-    def apart(x):
+    def by_two(x):
         return by_parts(x, gate_up, down, SiluMul(), layer=1, **around)
 
-    assert_close(jax.grad(loss(fused))(x), jax.grad(loss(apart))(x))
+    assert_close(jax.grad(loss(fused))(x), jax.grad(loss(by_two))(x))
 
 
 @pytest.mark.parametrize("M", [1, 3])
@@ -111,20 +128,23 @@ def test_under_vmap(hopper, M):
     np.testing.assert_array_equal(jax.vmap(run)(xs), jnp.stack([run(x) for x in xs]))
 
 
-@pytest.mark.parametrize(
-    "case", ["activation", "down is BF16", "weight-only", "several devices", "bias"]
-)
-def test_what_the_kernels_do_not_take_is_two_products(hopper, products, monkeypatch, case):
+@pytest.mark.parametrize("case", ["activation", "down is BF16", "weight-only", "bias"])
+def test_what_the_kernels_do_not_take_is_two_products(hopper, apart, case):
     config = {"activation_scheme": None} if case == "weight-only" else {}
     x, gate_up, down, around = operands(3 if case == "bias" else 1, **config)
     activation = GeluMul() if case == "activation" else SiluMul()
     if case == "down is BF16":
         down = down.dequantize(BF16)
-    if case == "several devices":
-        monkeypatch.setattr(jax, "device_count", lambda: 2)
     y = gated_mlp(x, gate_up, down, layer=1, activation=activation, **around)
-    assert len(products) == 2
+    assert len(apart) == 1
     assert_close(y, by_parts(x, gate_up, down, activation, layer=1, **around))
+
+
+def test_groups_that_are_not_equal():
+    x, gate_up, down, around = operands(1)
+    message = "groups is 3; allowed: what divides 256, rows of the gate"
+    with pytest.raises(JaxquantError, match=message):
+        gated_mlp(x, gate_up, down, layer=1, activation=SiluMul(), groups=3, **around)
 
 
 @pytest.mark.parametrize("change", ["down", "residual", "biases", "layer"])

@@ -70,6 +70,27 @@ def test_experts_are_cut_as_their_weight(results, spec, needed):
     assert not gathered
 
 
+# Rows and columns of both weights, groups of rows, tokens, and the collectives that are needed
+MLPS = {
+    "whole": ("---", "---", 1, "", []),
+    "shares": ("-x-", "--x", 2, "", ["all-reduce"]),
+    "shares of tokens": ("-x-", "--x", 2, "y-", ["all-reduce"]),
+    "shares of several groups": ("-x-", "--x", 4, "", ["all-reduce"]),
+    "shares on two axes": ("-z-", "--z", 4, "", ["all-reduce"]),
+    "a gate elsewhere": ("-x-", "--x", 1, "", ["all-gather", "all-reduce"]),
+    "columns": ("--x", "-x-", 1, "", ["all-reduce"]),
+    "groups on one device": ("---", "---", 2, "", []),
+}
+
+
+@pytest.mark.parametrize("case", MLPS)
+def test_devices_gate_their_share(results, case):
+    error, collectives, gathered = results[f"mlp {case}"]
+    assert error <= 3e-6
+    assert collectives == MLPS[case][-1]
+    assert not gathered
+
+
 def run_all() -> dict:
     import jax
     import jax.numpy as jnp
@@ -83,9 +104,11 @@ def run_all() -> dict:
         QuantizedTokens,
         RMSNorm,
         SiluMul,
+        gated_mlp,
         grouped,
         grouped_matmul,
         matmul,
+        mlp,
         mosaic_gpu,
         xla,
     )
@@ -95,6 +118,9 @@ def run_all() -> dict:
         assert qvalue.shape[1] % 128 == 0
         w = QuantizedArray(qvalue, scale, (128, 128), np.dtype(jnp.bfloat16))
         return xla.matmul(x, w, layer[0], out_dtype, prologue, bias, residual)
+
+    def always(*of):
+        return True
 
     def experts_stand_in(x, residual, stacks, index, *, out_dtype, sms):
         qvalue, scale, prologue, _ = stacks
@@ -107,7 +133,13 @@ def run_all() -> dict:
 
     grouped._run, grouped._FEW_ROWS = experts_stand_in, 0
     mosaic_gpu.multiprocessors = lambda x, what: 2
-    mosaic_gpu._run = stand_in
+    mosaic_gpu.run_product = mlp.run_product = stand_in
+
+    def gated_stand_in(x, stacks, layer, sms):
+        assert stacks[0].shape[1] % 256 == 0
+        return SiluMul()(stand_in(x, None, stacks, layer, out_dtype=x.dtype, sms=sms))
+
+    mlp.multiprocessors, mlp._gates, mlp._gated = mosaic_gpu.multiprocessors, always, gated_stand_in
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     rng = np.random.default_rng(0)
 
@@ -160,6 +192,38 @@ def run_all() -> dict:
     x = put(normal(M, K), "")
     for run in (scan, vmap, grad):
         results[run.__name__] = measure(run, x, weight("-xy"))
+
+    for name, (up_spec, down_spec, groups, x_spec, _) in MLPS.items():
+        F = 2 * 512
+        up = QuantizedArray(
+            put((normal(L, 2 * F, K) * 60).astype(jnp.float8_e4m3fn), up_spec),
+            put(np.exp(normal(L, 2 * F // 128, K // 128)) * 1e-4, up_spec),
+            (128, 128),
+            np.dtype(jnp.bfloat16),
+        )
+        down = QuantizedArray(
+            put((normal(L, N, F) * 60).astype(jnp.float8_e4m3fn), down_spec),
+            put(np.exp(normal(L, N // 128, F // 128)), down_spec),
+            (128, 128),
+            np.dtype(jnp.bfloat16),
+        )
+
+        def whole_mlp(x, up, down, layer, norm, biases, residual, groups=groups):
+            return gated_mlp(
+                x,
+                up,
+                down,
+                layer=layer,
+                prologue=norm,
+                activation=SiluMul(),
+                biases=biases,
+                residual=residual,
+                groups=groups,
+            )
+
+        around = RMSNorm(norm, 1e-5), (normal(L, 2 * F), bias), residual
+        x = put(normal(M, K), x_spec)
+        results[f"mlp {name}"] = measure(whole_mlp, x, up, down, jnp.int32(1), *around)
 
     xq, sx = quantize_activations(normal(M, K))
     tokens = QuantizedTokens(put(xq, ""), put(sx.T, ""), (M,), np.dtype(jnp.float32))

@@ -80,7 +80,7 @@ def test_a_decode_step_with_unrolled_layers_is_the_same(golden, monkeypatch):
     module, lengths = golden("mistral").module, jnp.zeros(2, jnp.int32)
 
     def logits(unrolled):
-        monkeypatch.setattr(decoder, "_unrolled", lambda: unrolled)
+        monkeypatch.setattr(decoder, "_unrolled", lambda devices: unrolled)
         return module.decode(lengths, module.empty_cache(2, 32))[0]
 
     for layers in (2, 3, 4):

@@ -147,9 +147,9 @@ def compile_all() -> dict[str, str]:
         return model.prefill(tokens, lengths, cache)
 
     def decode_in_turns(model, tokens, cache):
-        decoder._unrolled = lambda: 2
+        decoder._unrolled = lambda devices: 2
         logits = model.decode(tokens, cache)
-        decoder._unrolled = lambda: 1
+        decoder._unrolled = lambda devices: 1
         return logits
 
     return {
