@@ -58,6 +58,7 @@ def default_config(B: int, H: int, G: int, S: int, D: int, sms: int) -> Config:
     def fitting_stages(residents: int, splits: int) -> int:
         """Stages beside the rest where `residents` thread blocks share the multiprocessor."""
         fixed = SMEM_RESERVED + 2 * N * (D + tile) + Cluster(heads, splits, D, N).nbytes
+        fixed += 4 * 2 * D * (N + 1) if D == 64 else 0  # see `swapped`
         return (SMEM_BYTES // residents - fixed) // (4 * tile * D)
 
     stages, splits = default_cut(heads, S, tile, sms, fitting_stages)
@@ -126,8 +127,8 @@ def append_and_attend(
     """`jaxquant.attention.append_and_attend` in one kernel, which writes to the cache in place.
 
     Args:
-      qkv: D a multiple of 64 up to 256, with a rotation of 128; at most 64 query heads for each of
-        the cache's.
+      qkv: D a multiple of 64 up to 256, with a rotation 64 or a multiple of 128; at most 64 query
+        heads for each of the cache's.
       k: as for `decode`.
       v: likewise.
       layer: which of the L.
@@ -144,6 +145,9 @@ def append_and_attend(
     # Where the last group, padded, ends.
     if (missing := padded_group(G) - G - 2 * H) > 0:
         qkv = jnp.pad(qkv, ((0, 0), (0, missing), (0, 0)))
+    if rotation is not None and D == 64:  # for all dims, with what `swapped` gives
+        cos, sin = rotation
+        rotation = jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1)
     refs = [jax.new_ref(a.reshape(-1, S, D)) for a in (k, v)]
     options: Any = {"window": window, "scale": scale, "softcap": softcap, "config": config}
     options["quantized"] = quantized
@@ -171,8 +175,10 @@ def _launch(
     """The kernel of both; if it appends, q is qkv, and the cache are refs."""
     L, B, H, S, D = shape
     N, dims = padded_group(G), round_up(D, 64)
-    # The first and the second of what is rotated in pairs, or all that there is.
-    half = dims // 2 if tables else dims
+    # The first and the second of what is rotated in pairs, or all that there is. 64 dims have pairs
+    # in different warps.
+    half = dims // 2 if tables and dims > 64 else dims
+    swaps = bool(tables) and half == dims
     new = 1 if appends else 0
     cluster = Cluster(B * H, config.splits, dims, N)
     result = Result(B, H, G, D, quantized)
@@ -182,17 +188,30 @@ def _launch(
     def smem(*shape):
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=swizzled(D, jnp.bfloat16))
 
+    swap = [plgpu.SMEM((128, *of), jnp.float32) for of in [(N,), ()]] if swaps else []
+
     def zeros(rows):
         return plgpu.layout_cast(jnp.zeros((rows, N), jnp.float32), WGMMA)
 
     def over_columns(values):
         return lax.broadcast_in_dim(values, (*values.shape, N), [0])
 
-    def rotated(halves, table):
-        if table:
+    def rotated(halves, table, other):
+        if swaps:
+            (x,), (cos, sin) = halves, table
+            halves = [x * cos + other * sin]
+        elif table:
             (x1, x2), (cos, sin) = halves, table
             halves = x1 * cos - x2 * sin, x2 * cos + x1 * sin
         return [x.astype(jnp.bfloat16) for x in halves]
+
+    def swapped(x, scratch, layout):
+        """The last 32 of 64 rows, and then the first, by way of 128 rows of SMEM."""
+        later, earlier = (
+            plgpu.load(scratch.at[pl.ds(at, 64)], layout=layout, optimized=False) for at in (64, 0)
+        )
+        row = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=layout)
+        return jnp.where(row < 32, later, earlier)
 
     def product(a, b):
         def run(accumulator):
@@ -212,8 +231,9 @@ def _launch(
     def kernel(q_gmem, k_gmem, v_gmem, layer_gmem, lengths_gmem, *refs):
         tables_gmem, refs = refs[: len(tables)], refs[len(tables) :]
         out_gmem, refs = refs[:results], refs[results:]
-        *parts_gmem, q_smem, p_smem, q_full, k_full, v_full = refs[: 5 + len(cluster.out_type)]
-        exchange = refs[5 + len(cluster.out_type) :]
+        parts_gmem, refs = refs[: len(cluster.out_type)], refs[len(cluster.out_type) :]
+        swap_smem, refs = refs[: len(swap)], refs[len(swap) :]
+        q_smem, p_smem, q_full, k_full, v_full, *exchange = refs
         head = lax.axis_index("head")
         split = lax.axis_index("split") if splits > 1 else 0
         b, h = lax.div(head, H), lax.rem(head, H)
@@ -262,11 +282,22 @@ def _launch(
             """Rotates the token and stores it; the sums where it alone is attended to."""
             q, k, v, table = token
             q = [plgpu.layout_cast(x, WGMMA).astype(jnp.float32) for x in q]
-            q = rotated(q, [over_columns(values) for values in table])
+            others = [None, None]
+            if swaps:
+                for x, scratch in zip((q[0], k[0]), swap_smem, strict=True):
+                    scratch[pl.ds(32, 64)] = x
+                plgpu.commit_smem()
+                others = [
+                    swapped(x, scratch, layout)
+                    for x, scratch, layout in zip(
+                        (q[0], k[0]), swap_smem, (WGMMA, ROW), strict=True
+                    )
+                ]
+            q = rotated(q, [over_columns(values) for values in table], others[0])
             for x, d in zip(q, halves, strict=True):
                 q_smem.at[:, d].T[...] = plgpu.layout_cast(x, TRANSPOSED)
             plgpu.commit_smem()
-            k = rotated(k, table)
+            k = rotated(k, table, others[1])
 
             @pl.when(split == 0)
             def _store_both():
@@ -352,6 +383,7 @@ def _launch(
         pl.run_scoped(add_up, *result.scratch(dims, N), collective_axes="warpgroup")
 
     scratch: list[Any] = [
+        *swap,
         smem(N, dims),
         smem(N, tile),
         plgpu.Barrier(),

@@ -78,12 +78,18 @@ def append_and_attend(
     _check_operands(q, k, v)
     if D % _APPENDED_ALIGNMENT:
         _refuse(f"D is {D}", f"multiples of {_APPENDED_ALIGNMENT}, where it appends")
-    if rotation is not None and D % (2 * _APPENDED_ALIGNMENT):
+    if rotation is not None and not _rotates(D, k):
         q, new_k = (xla.rotate_halves(x, *rotation) for x in (q, new_k))
         rotation = None
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
     run = _appending(window, scale, softcap, may_quantize, sms)
     return run((q, new_k, new_v), k, v, layer, lengths.astype(jnp.int32), rotation)
+
+
+def _rotates(D: int, k: KeysOrValues) -> bool:
+    """Whether the kernel finds the pairs of a head."""
+    whole = D % (2 * _APPENDED_ALIGNMENT) == 0
+    return whole or (D == _APPENDED_ALIGNMENT and not isinstance(k, QuantizedArray))
 
 
 def _refuse(what: str, allowed: str) -> None:

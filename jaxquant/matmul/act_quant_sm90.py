@@ -19,20 +19,22 @@ from jaxtyping import Array, Float, Float32, Int32
 from jaxquant.blocked import ACTIVATION_AMAX_FLOOR, ACTIVATION_GROUP
 from jaxquant.hopper import interpreted
 from jaxquant.matmul.arithmetic_sm90 import approximate_reciprocal, quotient, reciprocal
-from jaxquant.matmul.prologue import Prologue, RMSNorm, SiluMul, rounded
+from jaxquant.matmul.prologue import RMSNorm, SiluMul, rounded
+from jaxquant.matmul.row_groups_sm90 import (
+    GROUPS,
+    TILE_GROUPS,
+    grouped,
+    grouped_shape,
+    load_groups,
+    load_row,
+    store_row,
+    store_scales,
+)
 from jaxquant.matmul.sm90 import FP8, K_BLOCK, cdiv, in_stack, round_up, store, swizzled
 
 # Scales have a whole number of so many columns, whichever kernel writes them.
 SCALE_COLUMNS = 64
 _FMAX = 448.0
-# 8 groups of 128 values over a warpgroup: 16 threads a group, 8 values (16 bytes of bfloat16) each.
-TILE_GROUPS = 8
-GROUPS = plgpu.Layout.TILED(
-    plgpu.Tiling(((TILE_GROUPS, ACTIVATION_GROUP), (2, ACTIVATION_GROUP), (8,))),
-    warp_dims=(-5,),
-    lane_dims=(-3, -2),
-    vector_dim=-1,
-)
 # Warpgroups that share a token, and tiles that one has in its registers, at most.
 _NORM_WARPGROUPS = 2
 _MAX_TILES = 8
@@ -72,9 +74,10 @@ def quantize(
     M = x.shape[0]
     scale_rows = round_up(M, SCALE_COLUMNS)
     tiles = in_tiles(x, K)
-    groups = K // ACTIVATION_GROUP
+    groups = cdiv(K, ACTIVATION_GROUP)
     if isinstance(prologue, RMSNorm):
-        if tiles and groups <= _NORM_WARPGROUPS * _MAX_TILES * TILE_GROUPS:
+        small = x.size * x.dtype.itemsize < _MAX_BYTES
+        if small and groups <= _NORM_WARPGROUPS * _MAX_TILES * TILE_GROUPS:
             return quantize_normalized(prologue, x, layer, rows, scale_rows)
         x, prologue = prologue(x, layer[0]), None
     if tiles:
@@ -153,20 +156,20 @@ def quantize_tokens(
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
         kernel_name="jaxquant_quantize_tokens",
-    )(*groups_of(x, prologue), *targets)
+    )(x.reshape(-1, ACTIVATION_GROUP), *targets)
     return qvalue.reshape(rows, K), scale
 
 
 def quantize_normalized(
     norm: RMSNorm, x: Float[Array, "M K"], layer: Int32[Array, "1"], rows: int, scale_rows: int
 ) -> tuple[Float[Array, "rows K"], Float32[Array, "groups scale_rows"]]:
-    """`quantize` of tokens of 8 or more whole groups behind an RMSNorm.
+    """`quantize` of tokens behind an RMSNorm.
 
     A thread block has all of a token in its registers, and reads the next one meanwhile. The norm's
     weight stays.
     """
     M, K = x.shape
-    steps = K // ACTIVATION_GROUP
+    steps = cdiv(K, ACTIVATION_GROUP)
     tiles = cdiv(steps, TILE_GROUPS)
     warpgroups = min(_NORM_WARPGROUPS, tiles)
     own = cdiv(tiles, warpgroups)
@@ -177,12 +180,12 @@ def quantize_normalized(
         warpgroup = lax.axis_index("warpgroup")
         starts = [(warpgroup * own + i) * TILE_GROUPS for i in range(own)]
         # A tile that would pass the end overlaps those before instead, and computes the same.
-        firsts = [jnp.minimum(start, steps - TILE_GROUPS) for start in starts]
-        weights = in_stack(layer_gmem[0], weight_gmem.shape[0] // steps) * steps
-        scales = [load_groups(weight_gmem, weights + first) for first in firsts]
+        firsts = [jnp.minimum(start, max(0, steps - TILE_GROUPS)) for start in starts]
+        l = in_stack(layer_gmem[0], norm.weight.shape[0])
+        scales = [load_row(weight_gmem, l, first, K) for first in firsts]
 
         def load(m):
-            return [load_groups(x_gmem, m * steps + first) for first in firsts]
+            return [load_row(x_gmem, m, first, K) for first in firsts]
 
         @plgpu.nd_loop(
             (M,), collective_axes="block", init_carry=(0, *load(lax.axis_index("block")))
@@ -204,14 +207,14 @@ def quantize_normalized(
             inverse = lax.rsqrt(jnp.sum(functools.reduce(jnp.add, parts)) / K + norm.eps)
             for v, weight, first in zip(values, scales, firsts, strict=True):
                 qvalue, scale = quantize_groups(normalize(v, inverse, weight))
-                q_gmem[pl.ds(m * steps + first, TILE_GROUPS), :] = qvalue.astype(FP8)
-                store(s_gmem.at[pl.ds(first, TILE_GROUPS), m], scale)
+                store_row(q_gmem, m, first, qvalue.astype(FP8), K)
+                store_scales(s_gmem, first, m, scale)
             return 1 - turn, *following
 
     qvalue, scale = plgpu.kernel(
         kernel,
         out_type=(
-            jax.ShapeDtypeStruct((rows * steps, ACTIVATION_GROUP), FP8),
+            jax.ShapeDtypeStruct(grouped_shape(rows, K), FP8),
             jax.ShapeDtypeStruct((steps, scale_rows), jnp.float32),
         ),
         scratch_types=[
@@ -224,7 +227,7 @@ def quantize_normalized(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
         kernel_name="jaxquant_quantize_normalized",
-    )(*groups_of(x, norm), layer)
+    )(grouped(x, K), grouped(norm.weight, K), layer)
     return qvalue.reshape(rows, K), scale
 
 
@@ -302,18 +305,6 @@ def quantize_ragged(
         grid_names=("m", "k"),
         kernel_name="jaxquant_quantize_ragged",
     )(x)
-
-
-def groups_of(x: Float[Array, "M A"], prologue: Prologue | None) -> list[Array]:
-    """x, and the weights of an RMSNorm, as groups of 128."""
-    arrays = [x, prologue.weight] if isinstance(prologue, RMSNorm) else [x]
-    return [a.reshape(-1, ACTIVATION_GROUP) for a in arrays]
-
-
-def load_groups(ref: Any, group: Any) -> Float[Array, "8 128"]:
-    """8 groups from a given one on, in registers."""
-    at = ref.at[pl.ds(group, TILE_GROUPS), :]
-    return plgpu.load(at, layout=GROUPS, optimized=False)
 
 
 def square_from(v: Array, row: Any, overlaps: bool) -> Array:

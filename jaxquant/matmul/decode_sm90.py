@@ -56,7 +56,7 @@ _SLOT_BYTES = 32 << 10
 _RING_BYTES = 96 << 10
 _GATED_RING_BYTES = 128 << 10
 # What a multiprocessor reads in the time of a kernel that quantizes.
-_QUANTIZATION_BYTES = 64 << 10
+_QUANTIZATION_BYTES = 112 << 10
 # SMEM that the compiler takes for a maximum.
 _REDUCTION_BYTES = 4 << 10
 # Of a warpgroup.

@@ -1,4 +1,4 @@
-"""One token, or a few, by a blocked FP8 weight on Hopper, in one launch.
+"""One token, or two, by a blocked FP8 weight on Hopper, in one launch.
 
     y = prologue(x) @ w^T + bias + residual, or SiluMul of that
 
@@ -28,17 +28,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from jaxquant.matmul.act_quant_sm90 import (
-    GROUPS,
-    TILE_GROUPS,
     from_smem,
-    groups_of,
-    load_groups,
     normalize,
     quantize_groups,
     silu_mul,
     square_from,
 )
 from jaxquant.matmul.prologue import RMSNorm
+from jaxquant.matmul.row_groups_sm90 import (
+    GROUPS,
+    TILE_GROUPS,
+    grouped,
+    is_whole,
+    load_row,
+    store_operand,
+)
 from jaxquant.matmul.sm90 import (
     FP8,
     K_BLOCK,
@@ -53,9 +57,9 @@ from jaxquant.matmul.sm90 import (
     zero_accumulator,
 )
 
-# What every consumer quantizes for itself alone pays while it takes less time than the ring.
-_MAX_VALUES = 16384
-_MAX_TOKENS = 2
+# Most columns of one token, and of two: what every thread block quantizes for itself alone pays
+# while it takes less time than the ring.
+_MOST = (14336, 2048)
 # wgmma's 64 rows; a tile that has fewer leaves the rest of the result unused.
 _WGMMA_ROWS = 64
 # A value for each row of a tile, in every warp.
@@ -66,6 +70,8 @@ _SLOT_BLOCKS = (4, 2)
 _CONSUMERS = (2, 3, 1)
 # What a tile costs besides its rows, in rows.
 _TILE_ROWS = 4
+# Most K blocks, and threads of a warpgroup.
+_SCALES = 128
 # A barrier's phases are the bits of an int32.
 _MAX_STAGES = 32
 
@@ -76,7 +82,7 @@ class Config:
 
     Attributes:
       rows: of the weight in a tile: a multiple of 8, at most 64 and N.
-      slot_blocks: K blocks in a slot, 2 or 4.
+      slot_blocks: K blocks in a slot, 2 or 4; the last may have some beyond K: zeros.
       consumers: warpgroups that multiply; divides the slots of a tile, so that each has the same K
         blocks of every tile, and a row's bytes do not depend on its tile.
     """
@@ -87,23 +93,19 @@ class Config:
 
 
 def takes(M: int, K: int) -> bool:
-    """Whether this kernel is there for the product, and the fast one."""
-    return (
-        M <= _MAX_TOKENS
-        and M * K <= _MAX_VALUES
-        and K % (2 * K_BLOCK) == 0
-        and K >= TILE_GROUPS * K_BLOCK
-    )
+    """Whether this is the fastest kernel for the product; K is a multiple of 32."""
+    return M <= len(_MOST) and K <= _MOST[M - 1]
 
 
 def default_config(N: int, K: int, sms: int) -> Config:
     """The tiles that leave the busiest of the `sms` multiprocessors the fewest rows."""
+    steps = cdiv(K, K_BLOCK)
 
     def busiest(rows: int) -> int:
         return cdiv(cdiv(N, rows), sms) * (rows + _TILE_ROWS)
 
-    slot_blocks = next(b for b in _SLOT_BLOCKS if K % (b * K_BLOCK) == 0)
-    consumers = next(c for c in _CONSUMERS if K // K_BLOCK // slot_blocks % c == 0)
+    slot_blocks = next((b for b in _SLOT_BLOCKS if steps % b == 0), _SLOT_BLOCKS[0])
+    consumers = next(c for c in _CONSUMERS if cdiv(steps, slot_blocks) % c == 0)
     rows = min(range(min(_WGMMA_ROWS, N), 0, -8), key=busiest)
     return Config(rows, slot_blocks, consumers)
 
@@ -126,7 +128,8 @@ def gemv(
     """The product of one layer of a stack, x quantized on the way.
 
     Args:
-      x: bfloat16 or float32, `takes(M, K)`; or float8_e4m3fn, quantized already.
+      x: bfloat16 or float32, K a multiple of 32, see `takes`; or float8_e4m3fn, quantized already,
+        if rows of K are whole, see `row_groups_sm90`.
       sx: the scales of x if it is quantized, token after token, else None.
       wq: float8_e4m3fn, read in place; N a multiple of 8.
       sw: the scales of wq.
@@ -145,9 +148,10 @@ def gemv(
     M, (L, N, K) = x.shape[0], wq.shape
     rows, slot_blocks, consumers = dataclasses.astuple(config)
     slot_columns = slot_blocks * K_BLOCK
-    steps, slots = K // K_BLOCK, K // slot_columns
-    # Of 8 K blocks, of which the last may overlap the one before.
+    steps, slots = cdiv(K, K_BLOCK), cdiv(K, slot_columns)
+    # Of 8 K blocks, of which the last may overlap the one before, or have some beyond K: zeros.
     atoms = cdiv(steps, TILE_GROUPS)
+    last_atom = (steps if is_whole(K) else atoms * TILE_GROUPS) - TILE_GROUPS
     shares = cdiv(atoms, consumers)
     # Of a tile of the result, where it is gated: the rows of the gate, and then those of up.
     parts = 2 if gated else 1
@@ -155,9 +159,11 @@ def gemv(
     n_tiles = cdiv(columns, rows)
     blocks = min(sms, n_tiles)
     scale_rows = 2 if SCALE_ROWS % rows != 0 or columns % rows != 0 else 1
+    # The scales of a row of blocks are loaded by all threads of a consumer, one each.
+    sw_flat = jnp.pad(sw.reshape(-1), (0, max(0, _SCALES - sw.size)))
     extras = [e for e in (bias, residual) if e is not None]
 
-    x_bytes = M * atoms * TILE_GROUPS * (K_BLOCK + 4) + 2 * scale_rows * atoms * TILE_GROUPS * 4
+    x_bytes = M * atoms * TILE_GROUPS * (K_BLOCK + 4) + 2 * scale_rows * 2 * _SCALES * 4
     row_bytes = M * _WGMMA_ROWS * 4
     free = SMEM_BYTES - x_bytes - row_bytes * (2 * consumers + 1 + len(extras)) - 4096
     overhang = _WGMMA_ROWS - rows  # of the last slot's operand
@@ -165,7 +171,8 @@ def gemv(
     most = min(_MAX_STAGES, parts * slots * cdiv(n_tiles, blocks))
     stages = min(most, stages) // consumers * consumers
 
-    operands = groups_of(x, prologue) if sx is None else [x.reshape(-1, K_BLOCK), sx]
+    operands = [x] if prologue is None else [x, prologue.weight]
+    operands = [grouped(a, K) for a in operands] + ([] if sx is None else [sx])
 
     def kernel(*refs):
         x_refs, refs = refs[: len(operands)], refs[len(operands) :]
@@ -188,19 +195,24 @@ def gemv(
             return pl.ds((m * atoms + a) * TILE_GROUPS, TILE_GROUPS)
 
         def atom_start(a):
-            return jnp.minimum(a * TILE_GROUPS, steps - TILE_GROUPS)
+            return jnp.minimum(a * TILE_GROUPS, last_atom)
+
+        def scales_at(n, end, kb):
+            at = (lax.rem(n, 2) * scale_rows + end) * 2 * _SCALES + _SCALES + kb
+            return pl.ds(at, TILE_GROUPS)
 
         # Of the last share, some have none, and do the last atom again.
         turns = [i * consumers + warpgroup for i in range(shares)]
 
         def load_x():
             """This consumer's atoms of each token, with their scales if it is quantized."""
-            firsts = [[m * steps + atom_start(a) for a in turns] for m in range(M)]
+            firsts = [atom_start(a) for a in turns]
+            values = [[load_row(x_refs[0], m, first, K) for first in firsts] for m in range(M)]
             if sx is None:
-                return [[load_groups(x_refs[0], first) for first in token] for token in firsts]
+                return values
             return [
-                [(load_groups(x_refs[0], first), load_scale(x_refs[1], first)) for first in token]
-                for token in firsts
+                [(v, load_scale(x_refs[1], m * steps + a)) for v, a in zip(vs, firsts, strict=True)]
+                for m, vs in enumerate(values)
             ]
 
         def load_scale(ref, first):
@@ -210,8 +222,8 @@ def gemv(
         def load_norm(l):
             if prologue is None:
                 return None
-            first = in_stack(l, prologue.weight.shape[0]) * steps
-            return [load_groups(x_refs[1], first + atom_start(a)) for a in turns]
+            row = in_stack(l, prologue.weight.shape[0])
+            return [load_row(x_refs[1], row, atom_start(a), K) for a in turns]
 
         def fill_x(loaded, norm):
             """x to SMEM."""
@@ -223,7 +235,7 @@ def gemv(
                 for turn, v in zip(turns, token, strict=True):
                     qvalue, scale = quantize_groups(v) if sx is None else v
                     a = jnp.minimum(turn, atoms - 1)
-                    x_smem[atom_at(m, a), :] = qvalue.astype(FP8)
+                    store_operand(x_smem.at[atom_at(m, a)], qvalue.astype(FP8), K)
                     sx_smem[atom_at(m, a)] = scale
 
         def normalized(tokens, norm, eps):
@@ -245,28 +257,33 @@ def gemv(
                 results.append([normalize(v, inverse, w) for v, w in zip(token, norm, strict=True)])
             return results
 
-        # Of the weight's scales, likewise, as of x an atom at a time.
-        scale_turns = [
-            jnp.minimum(i * consumers + warpgroup, scale_rows * atoms - 1)
-            for i in range(cdiv(scale_rows * atoms, consumers))
-        ]
+        # Of the blocks' rows that a tile meets, those whose scales this consumer brings.
+        scale_turns = [i * consumers + warpgroup for i in range(cdiv(scale_rows, consumers))]
+
+        def scales_start(l, tile, part, end):
+            """Where those of a row of blocks are loaded from, and how far behind they begin."""
+            row = first_row(tile, part) + jnp.minimum(end, scale_rows - 1) * (rows - 1)
+            first = (l * sw.shape[1] + lax.div(row, SCALE_ROWS)) * steps
+            start = jnp.minimum(first, sw_flat.size - _SCALES)
+            return start, first - start
 
         def load_scales(l, tile, part):
-            n0 = first_row(tile, part)
-            ends = n0, n0 + rows - 1
-            values = []
-            for turn in scale_turns:
-                end = jnp.where(turn < atoms, *ends)
-                at = pl.ds(atom_start(lax.rem(turn, atoms)), TILE_GROUPS)
-                at = sw_gmem.at[l, lax.div(end, SCALE_ROWS), at]
-                values.append(plgpu.load(at, layout=_ROWS, optimized=False))
-            return values
+            layout = plgpu.Layout.WG_STRIDED((_SCALES,), vec_size=1)
+            loaded = []
+            for end in scale_turns:
+                start, lead = scales_start(l, tile, part, end)
+                at = sw_gmem.at[pl.ds(start, _SCALES)]
+                loaded.append((plgpu.load(at, layout=layout, optimized=False), lead))
+            return loaded
 
-        def store_scales(n, values):
-            for turn, value in zip(scale_turns, values, strict=True):
-                sw_smem[lax.rem(n, 2), lax.div(turn, atoms), atom_at(0, lax.rem(turn, atoms))] = (
-                    value
-                )
+        def store_scales(n, loaded):
+            """Puts them where that of K block i is at `_SCALES + i`."""
+            for end, (values, lead) in zip(scale_turns, loaded, strict=True):
+                at = (lax.rem(n, 2) * scale_rows + end) * 2 * _SCALES + _SCALES - lead
+
+                @pl.when(end < scale_rows)
+                def _store(at=at, values=values):
+                    store(sw_smem.at[pl.ds(at, _SCALES)], values)
 
         def do_tile(l, tile, n):
             return lax.fori_loop(0, parts, functools.partial(do_part, l, tile), n)
@@ -317,8 +334,8 @@ def gemv(
                 kb = own_slot * slot_blocks
                 a = lax.div(kb, TILE_GROUPS)
                 w_scales = [
-                    of_columns(sw_smem.at[lax.rem(n, 2), r, atom_at(0, a)])
-                    for r in range(scale_rows)
+                    of_columns(sw_smem.at[scales_at(n, end, atom_start(a))])
+                    for end in range(scale_rows)
                 ]
                 scale = jnp.where(in_top, *w_scales) if scale_rows == 2 else w_scales[0]
                 scales = [scale * of_columns(sx_smem.at[atom_at(m, a)]) for m in range(M)]
@@ -348,7 +365,8 @@ def gemv(
                         at = column == kb + b - atom_start(a)
                         own = jnp.where(at, products[m * slot_blocks + b], own)
                     first = kb - atom_start(a)
-                    inside = (column >= first) & (column < first + slot_blocks)
+                    end = jnp.minimum(first + slot_blocks, steps - atom_start(a))
+                    inside = (column >= first) & (column < end)
                     results.append(total + jnp.where(inside, own * scales[m], 0.0))
                 return results
 
@@ -421,7 +439,7 @@ def gemv(
             plgpu.SMEM((M * atoms * TILE_GROUPS, K_BLOCK), FP8, transforms=swizzled(K, FP8)),
             plgpu.SMEM((M * atoms * TILE_GROUPS,), jnp.float32),
             plgpu.SMEM((stages * rows + overhang, slot_columns), FP8, transforms=swizzled(K, FP8)),
-            plgpu.SMEM((2, scale_rows, atoms * TILE_GROUPS), jnp.float32),
+            plgpu.SMEM((2 * scale_rows * 2 * _SCALES,), jnp.float32),
             plgpu.SMEM((2, consumers, M, _WGMMA_ROWS), jnp.float32),
             plgpu.SMEM((M, _WGMMA_ROWS), out_dtype),
             plgpu.SMEM((max(1, len(extras)), M, _WGMMA_ROWS), out_dtype),
@@ -436,4 +454,4 @@ def gemv(
         thread_name="warpgroup",
         kernel_name="jaxquant_gemv_fp8",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-    )(*operands, wq, sw, layer, *extras)
+    )(*operands, wq, sw_flat, layer, *extras)

@@ -1,6 +1,6 @@
 """Pallas kernels (Mosaic GPU) behind `matmul`: which products they take and which kernel runs.
 
-A product of one token, or a few, is one kernel, `gemv`, with all that stands around it. Others are
+A product of one token, or two, is one kernel, `gemv`, with all that stands around it. Others are
 two: one that quantizes the activations after the prologue, and one that multiplies, `decode` for
 few tokens or `gemm` for many. A weight-only product is one kernel, `w8a16`, after what XLA makes of
 the prologue, or for many tokens one of XLA's. They are for Hopper (compute capability 9.0); every
@@ -172,6 +172,7 @@ def run_product(
     # Imported here: Mosaic GPU is there only where jaxlib was built with it.
     from jaxquant.matmul import decode_sm90, gemm_sm90, gemv_sm90
     from jaxquant.matmul.act_quant_sm90 import quantize, quantize_tokens
+    from jaxquant.matmul.row_groups_sm90 import is_whole
     from jaxquant.matmul.sm90 import round_up
 
     qvalue, scale, prologue, bias = stacks
@@ -180,7 +181,10 @@ def run_product(
     if not quantized and gemv_sm90.takes(M, K):
         sx = None
         if isinstance(prologue, SiluMul):  # too much for every thread block to do
-            x, sx = kept(quantize_tokens)(prologue, x, K, M)
+            if is_whole(K):
+                x, sx = kept(quantize_tokens)(prologue, x, K, M)
+            else:
+                x = prologue(x)
             prologue = None
         config = gemv_sm90.default_config(N, K, sms)
         return kept(gemv_sm90.gemv)(

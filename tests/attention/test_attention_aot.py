@@ -58,7 +58,8 @@ ALL_APPENDS = APPENDS + FP8_APPENDS
 @pytest.mark.parametrize(("shape", "i"), [(s, i) for i, s in enumerate(ALL_APPENDS, len(SHAPES))])
 def test_an_append_compiles_and_is_one_kernel(compiled, shape, i):
     launches = re.findall(r"= .+? (fusion|custom-call|copy|scatter)\(", compiled[i])
-    rotated_ahead = shape[4] % 128 != 0
+    # Over FP8 the token; over BF16 two tables, which layers have in common.
+    rotated_ahead = 0 if shape[4] % 128 == 0 else 1 if shape in FP8_APPENDS else 2
     heads_dropped = shape[2] == 64  # which were computed as 72
     assert launches == ["fusion"] * rotated_ahead + ["custom-call"] + ["fusion"] * heads_dropped
     assert "output_to_operand_aliasing={{" in compiled[i]

@@ -216,7 +216,7 @@ def same_bytes(a: Any, b: Any) -> bool:
     [
         (2, 2, 4, 136, 128, [71, 136], True, {}),
         (2, 1, 2, 72, 256, [1, 65], True, {"window": 7}),
-        (2, 1, 2, 72, 64, [64, 2], True, {}),  # rotated ahead of the kernel
+        (2, 1, 2, 72, 64, [64, 2], True, {}),  # pairs of dims in different warps
         (1, 4, 12, 72, 64, [70], False, {"softcap": 5.0, "scale": 0.3}),
         (1, 1, 6, 136, 128, [66], True, {"window": 1}),
         (1, 1, 4, 136, 128, [129], True, {"window": 100}),  # in a cluster of 2

@@ -149,16 +149,16 @@ def test_a_residual_is_added_in_the_decode_kernel(hopper, M, N, tile_n, turns):
 
 
 @pytest.mark.parametrize(
-    ("M", "F", "blocks"),
+    ("M", "F", "K", "blocks"),
     [
-        (5, 128, 1),
-        (16, 384, 2),  # one thread block has two tiles
-        (33, 256, 1),
+        (5, 128, 576, 1),
+        (16, 384, 512, 2),  # one thread block has two tiles
+        (33, 256, 512, 1),
     ],
 )
-def test_a_gated_product_leaves_the_bytes_of_a_product_and_a_quantization(hopper, M, F, blocks):
+def test_a_gated_product_leaves_the_bytes_of_a_product_and_a_quantization(hopper, M, F, K, blocks):
     T, config = decode_sm90.padded_tokens(M), decode_sm90.Config(128, blocks=blocks)
-    args, expected = operands(M, 2 * F, 512, T)
+    args, expected = operands(M, 2 * F, K, T)
     assert decode_sm90.gates(M, 2 * F, BF16, config)
     y = decode_sm90.decode(*args, M=M, out_dtype=BF16, config=config, sms=SMS)
     assert_close(y, expected)
@@ -238,7 +238,7 @@ def test_tokens_are_quantized_after_a_prologue(hopper, M, K, name, dtype):
     assert_quantized(qvalue[:M], scale.T[:M], x if prologue is None else prologue(x, 1))
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "silu_mul", "none"])
+@pytest.mark.parametrize("name", ["silu_mul", "none"])
 @pytest.mark.parametrize("groups", [1, 2, 6, 7])
 def test_copies_begin_where_tma_can_read_and_write(monkeypatch, groups, name):
     begins = []
@@ -330,7 +330,9 @@ def test_how_few_tokens_are_cut_for_132_multiprocessors(M, N, K, config):
         (16, 22528, 11008, (128, 1, 1, 2)),
         (16, 28672, 5504, (128, 1, 1, 1)),  # 43 K blocks
         (16, 34816, 5120, None),  # 136 tiles: four multiprocessors would have two
-        (16, 3072, 1024, None),
+        (16, 3072, 1024, (128, 1, 2, 2)),
+        (16, 3072, 576, (128, 1, 1, 1)),
+        (16, 3072, 1536, None),
         (65, 28672, 4096, None),
         (16, 28800, 4096, None),
     ],
@@ -382,6 +384,21 @@ def test_every_cut_of_the_kernel_for_one_token(hopper, M, N, K, config, dtype, q
     )
     assert y.dtype == dtype
     assert_close(y, definition(x, w.qvalue[0], w.scale[0]))
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K"),
+    [(1, 72, 32), (2, 136, 160), (1, 72, 576), (2, 64, 896), (1, 72, 1056), (2, 64, 1152)],
+)
+def test_one_token_by_rows_of_few_or_ragged_blocks(hopper, M, N, K):
+    x, w, norm, residual = tokens((M, K)), weight((3, N, K)), tokens((3, K)), tokens((M, N))
+    config = gemv_sm90.default_config(N, K, SMS)
+    y = gemv_sm90.gemv(
+        x, None, w.qvalue, w.scale, jnp.array([2]), RMSNorm(norm, 1e-5), None, residual,
+        out_dtype=BF16, config=config, sms=SMS,
+    )  # fmt: skip
+    expected = definition(RMSNorm(norm, 1e-5)(x, 2), w.qvalue[2], w.scale[2])
+    assert_close(y, expected + np.asarray(residual, np.float64))
 
 
 def gated(y: jax.Array) -> np.ndarray:
@@ -462,6 +479,8 @@ def test_vmap_over_what_stands_around(hopper):
         (14336, 4096, (56, 4, 2)),
         (1536, 1536, (16, 4, 3)),
         (8, 1280, (8, 2, 1)),
+        (960, 576, (8, 4, 2)),  # five K blocks
+        (576, 32, (8, 4, 1)),
         (128256, 4096, (56, 4, 2)),  # not many small tiles, though these would be the most even
     ],
 )
