@@ -8,10 +8,11 @@ For a key or a value x of D dims, of one token and one key/value head,
 as activations are quantized, to the byte. Both are QuantizedArrays:
 
     keys    qvalue [L, B, H, S, D], scale [L, B, H, S, 1]
-    values  qvalue [L, B, H, S / 128, D, 128], scale [L, B, H, S / 128, 1, 128]
+    values  qvalue [L, B, H, S / 16, D, 16], scale [L, B, H, S / 16, 1, 16]
 
-Values lie in pages of 128 slots, each transposed: FP8 tensor cores take only operands whose
-contraction axis is the last one, and the sum of values is one over slots.
+Values lie in pages of 16 slots, each transposed: FP8 tensor cores take only operands whose
+contraction axis is the last one, and the sum of values is one over slots. They read blocks of 16
+bytes of it. In wider pages, a token's value would lie in more cache lines.
 """
 
 import dataclasses
@@ -28,8 +29,9 @@ from jaxquant.blocked import as_bytes, quantize_activations, take_layer, widen
 
 FP8 = jnp.dtype(jnp.float8_e4m3fn)
 
-# Slots of a page of values. Rows of 64 bytes are read at 0.93 of the rate.
-PAGE = 128
+# Slots of a page of values, and of what kernels read at a time.
+PAGE = 16
+TILE = 128
 
 # Of all layers.
 KeysOrValues = Float[Array, "L B H S D"] | QuantizedArray
@@ -46,7 +48,7 @@ def empty(shape: tuple[int, ...], dtype: Any, *, values: bool = False) -> KeysOr
     if jnp.dtype(dtype) != FP8:
         return jnp.zeros(shape, dtype)
     *lead, S, D = shape
-    whole = jax.ShapeDtypeStruct((*lead, -(-S // PAGE) * PAGE, D), jnp.bfloat16)
+    whole = jax.ShapeDtypeStruct((*lead, -(-S // TILE) * TILE, D), jnp.bfloat16)
     quantized = jax.eval_shape(quantize_values if values else quantize_keys, whole)
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), quantized)
 
@@ -66,9 +68,9 @@ def quantize_keys(k: Float[Array, "*lead S D"]) -> QuantizedArray:
 
 
 def quantize_values(v: Float[Array, "*lead S D"]) -> QuantizedArray:
-    """Quantizes each token's value, in pages; zeros fill the last one."""
+    """Quantizes each token's value, in pages; zeros fill up to a multiple of 128 slots."""
     lead, S = v.shape[:-2], v.shape[-2]
-    q = quantize_keys(jnp.pad(v, (*((0, 0) for _ in lead), (0, -S % PAGE), (0, 0))))
+    q = quantize_keys(jnp.pad(v, (*((0, 0) for _ in lead), (0, -S % TILE), (0, 0))))
     qvalue, scale = (a.reshape(*lead, -1, PAGE, a.shape[-1]).mT for a in (q.qvalue, q.scale))
     return dataclasses.replace(
         q, qvalue=qvalue, scale=scale, block_size=q.block_size[::-1], transposed=True

@@ -14,7 +14,7 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int, Int32
 
 from jaxquant.array import QuantizedArray
 from jaxquant.attention import xla
-from jaxquant.attention.cache import KeysOrValues, cache_shape
+from jaxquant.attention.cache import TILE, KeysOrValues, cache_shape
 from jaxquant.attention.partition import across_devices, dims_of
 from jaxquant.hopper import multiprocessors
 from jaxquant.matmul import QuantizedTokens
@@ -105,8 +105,9 @@ def _check_operands(q: Any, k: Any, v: Any) -> None:
     (_, Hq, D), (_, _, H, S, _) = q.shape, k.shape
     if D % _HEAD_DIM_ALIGNMENT or D > _MAX_HEAD_DIM:
         _refuse(f"D is {D}", f"multiples of {_HEAD_DIM_ALIGNMENT} up to {_MAX_HEAD_DIM}")
-    if S % _SLOT_ALIGNMENT:
-        _refuse(f"S is {S}", f"multiples of {_SLOT_ALIGNMENT}")
+    alignment = TILE if isinstance(k, QuantizedArray) else _SLOT_ALIGNMENT
+    if S % alignment:
+        _refuse(f"S is {S}", f"multiples of {alignment}")
     if Hq // H > _MAX_GROUP:
         _refuse(f"{Hq // H} query heads share a key/value head", f"up to {_MAX_GROUP}")
 

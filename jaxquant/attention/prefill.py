@@ -9,7 +9,7 @@ from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Float32, Int
 
 from jaxquant.array import QuantizedArray
-from jaxquant.attention.cache import PAGE, KeysOrValues, cache_shape, fill
+from jaxquant.attention.cache import TILE, KeysOrValues, cache_shape, fill
 from jaxquant.attention.fp8 import in_units
 from jaxquant.attention.partition import across_devices, dims_of
 from jaxquant.attention.xla import rotate_halves
@@ -93,13 +93,14 @@ def _kernel(
         _refuse(f"D is {D} and {v.shape[3]}", f"the same for all, of {_HEAD_DIMS}")
     if Hq % (H := k.shape[2]):
         _refuse(f"q has {Hq} heads, k {H}", "a multiple of k's")
-    if T % PAGE or q.size == 0:
-        _refuse(f"q is {list(q.shape)}", f"multiples of {PAGE} tokens")
+    if T % TILE or q.size == 0:
+        _refuse(f"q is {list(q.shape)}", f"multiples of {TILE} tokens")
     if 2 * B * T * (Hq + 2 * H) * D >= _MAX_BYTES:
         _refuse(f"q is {list(q.shape)}", f"less than {_MAX_BYTES} bytes in all")
     S = cache_shape(cache_k)[3]
-    if T > S or S % _SLOT_ALIGNMENT:
-        _refuse(f"S is {S}", f"multiples of {_SLOT_ALIGNMENT}, for all {T} tokens")
+    alignment = TILE if isinstance(cache_k, QuantizedArray) else _SLOT_ALIGNMENT
+    if T > S or S % alignment:
+        _refuse(f"S is {S}", f"multiples of {alignment}, for all {T} tokens")
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
     inverses = None if units is None else 1 / units
     return _run(q, k, v, cache_k, cache_v, layer, rotation, inverses)

@@ -15,8 +15,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
 from jaxquant.array import QuantizedArray
-from jaxquant.attention.cache import FP8, PAGE, KeysOrValues, cache_shape
-from jaxquant.attention.sm90 import TRANSPOSED, WGMMA
+from jaxquant.attention import values_sm90
+from jaxquant.attention.cache import FP8, TILE, KeysOrValues, cache_shape
+from jaxquant.attention.sm90 import WGMMA
 from jaxquant.matmul.act_quant_sm90 import quantize_groups
 from jaxquant.matmul.arithmetic_sm90 import product
 from jaxquant.matmul.sm90 import cdiv, in_stack, store, swizzled
@@ -63,6 +64,8 @@ def rotate_and_fill(
     quantized = isinstance(k, QuantizedArray)
     lanes = half // _VECTOR
     rows = _THREADS // lanes
+    # Of 128 bytes, of a tile's pages.
+    page_rows = _VALUE_TOKENS * D // TILE
     tile = plgpu.Layout.TILED(
         plgpu.Tiling(((rows, half), (rows // 4, half), (_VECTOR,))),
         warp_dims=(-5,),
@@ -78,7 +81,7 @@ def rotate_and_fill(
         scales_gmem, refs = refs[: len(scaled)], refs[len(scaled) :]
         k_gmem, v_gmem, refs = refs[:parts], refs[parts : 2 * parts], refs[2 * parts :]
         q_out, k_out, v_out, x_smem, landed, *refs = refs
-        page_smem, v_smem = refs[:quantized], refs[quantized:]
+        pages_smem, v_smem = refs[:quantized], refs[quantized:]
         block = lax.axis_index("block")
         stack = in_stack(layer_gmem[0], L) * B
 
@@ -105,11 +108,11 @@ def rotate_and_fill(
                 v_smem[0][...] = as_taken(values, 2)
             if quantized:
                 qvalue, scale = quantize_groups(values, WGMMA)
-                page_smem[0].T[...] = plgpu.layout_cast(qvalue, TRANSPOSED).astype(FP8)
+                values_sm90.put_all(pages_smem[0], qvalue.astype(FP8))
                 store(v_gmem[1].at[row, slots], scale)
-                page = row * (S // PAGE) + lax.div(slot, PAGE)
-                within = pl.ds(lax.rem(slot, PAGE), _VALUE_TOKENS)
-                cached, stored = page_smem[0], v_gmem[0].at[page, :, within]
+                tile = row * (S // TILE) + lax.div(slot, TILE)
+                first = lax.div(lax.rem(slot, TILE), _VALUE_TOKENS) * page_rows
+                cached, stored = pages_smem[0], v_gmem[0].at[tile, pl.ds(first, page_rows)]
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(cached, stored)
             taken = v_smem[0] if scaled else x_smem
@@ -174,7 +177,7 @@ def rotate_and_fill(
                         store(k_gmem[1].at[at], scale)
                     store(k_gmem[0].at[at], whole.astype(k_gmem[0].dtype))
 
-    shapes = [(-1, S, D), (-1, S), (-1, D, PAGE), (-1, S)] if quantized else [(-1, S, D)] * 2
+    shapes = [(-1, S, D), (-1, S), (-1, D, TILE), (-1, S)] if quantized else [(-1, S, D)] * 2
     stored, structure = jax.tree.flatten((k, v))
     parts = len(stored) // 2
     cache = [jax.new_ref(a.reshape(s)) for a, s in zip(stored, shapes, strict=True)]
@@ -184,8 +187,7 @@ def rotate_and_fill(
         plgpu.Barrier(),
     ]
     if quantized:
-        page_smem = (D, _VALUE_TOKENS)
-        scratch.append(plgpu.SMEM(page_smem, FP8, transforms=swizzled(_VALUE_TOKENS, FP8)))
+        scratch.append(plgpu.SMEM((page_rows, TILE), FP8))
     if scaled:
         scratch.append(plgpu.SMEM(tokens_smem, FP8, transforms=swizzled(D, FP8)))
     taken = plgpu.kernel(

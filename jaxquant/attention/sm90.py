@@ -42,7 +42,7 @@ class Config:
     """How the work is cut.
 
     Attributes:
-      tile: slots of the cache in a tile, a multiple of 64.
+      tile: slots of the cache in a tile, a multiple of 64; over FP8, 128.
       stages: tiles of keys and tiles of values that SMEM holds, at least 2; of FP8 values, one
         fewer.
       splits: thread blocks that share a head, 1 to 8.

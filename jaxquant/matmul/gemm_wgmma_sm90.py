@@ -68,7 +68,7 @@ def start(x: Any, w: Any, slot: Any, rows: Any, columns: Any, block: Any, K: int
                 (b, K_BLOCK, (K_BLOCK, n), True),
             )
         )
-        return _inline(_multiply_ptx(n, *strides), block, a, b, slot.registers.item())
+        return inline_wgmma(_multiply_ptx(n, *strides), block, a, b, slot.registers.item())
 
     # Descriptors of the first slot, that they may be made ahead of the loop.
     return run(x.at[0, rows], w.at[0, columns], slot, block)  # pyright: ignore[reportCallIssue]
@@ -82,7 +82,7 @@ def wait(block: Any, K: int, pending: int = 0) -> Any:
 
     @plgpu.inline_mgpu(arg_types=(_LAYOUT,), return_type=result)
     def run(_, block):
-        return _inline(f"wgmma.wait_group.sync.aligned {pending};", block)
+        return inline_wgmma(f"wgmma.wait_group.sync.aligned {pending};", block)
 
     return run(block)  # pyright: ignore[reportCallIssue]
 
@@ -118,7 +118,7 @@ def _multiply_ptx(n: int, a_stride: int, b_stride: int) -> str:
     return "\n".join(["{", *lines, "wgmma.commit_group.sync.aligned;", "}"])
 
 
-def _inline(ptx: str, block: Any, *operands: Any) -> Any:
+def inline_wgmma(ptx: str, block: Any, *operands: Any) -> Any:
     """Runs PTX that reads and writes `block` in its registers."""
     block = block.to_layout(_REGISTERS)
     registers = list(block.registers.flat)

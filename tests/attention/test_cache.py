@@ -41,7 +41,7 @@ def test_keys_and_values_are_quantized_as_activations():
     qvalue, scale = quantize_activations(x)
     k, v = quantize_keys(x), quantize_values(x)
     assert same_bytes((k.qvalue, k.scale), (qvalue, scale))
-    pages = (a.reshape(2, 3, 2, 128, -1).mT for a in (qvalue, scale))
+    pages = (a.reshape(2, 3, 16, 16, -1).mT for a in (qvalue, scale))
     assert same_bytes((v.qvalue, v.scale), tuple(pages))
     np.testing.assert_array_equal(k.dequantize(), v.dequantize().reshape(x.shape))
 
@@ -112,9 +112,8 @@ def test_what_unfilled_slots_hold_does_not_matter():
     nan_k = jax.tree.map(
         lambda a: jnp.where(beyond[:, None, :, None], jnp.asarray(jnp.nan, a.dtype), a), k
     )
-    nan_v = jax.tree.map(
-        lambda a: jnp.where(beyond[:, None, None, None], jnp.asarray(jnp.nan, a.dtype), a), v
-    )
+    of_pages = beyond.reshape(2, 1, 8, 1, 16)
+    nan_v = jax.tree.map(lambda a: jnp.where(of_pages, jnp.asarray(jnp.nan, a.dtype), a), v)
     y, *_ = append_and_attend(qkv, k, v, 0, lengths)
     spoilt, *_ = append_and_attend(qkv, nan_k, nan_v, 0, lengths)
     np.testing.assert_array_equal(y, spoilt)
