@@ -156,9 +156,9 @@ def start_jaxquant(row: str, shape: str, context: int) -> tuple[Start, Start, st
         tokens = np.random.default_rng(0).integers(0, model.cfg.vocab_size, (1, T), np.int32)
 
         def run() -> None:
-            cache = model.empty_cache(1, T, cache_dtype)
             lengths, done = np.full(1, T, np.int32), np.zeros(1, bool)
-            state = generation._prefill(model, tokens, lengths, done, cache, attention_dtype)
+            dtypes = cache_dtype, attention_dtype
+            state = generation._prefill(model, tokens, lengths, done, T, *dtypes)
             jax.block_until_ready(state.logits)
 
         return run

@@ -115,7 +115,8 @@ def stream(
         tokens,
         lengths,
         np.arange(rows) >= B,
-        model.empty_cache(rows, max(T, bucket(longest + new)), cache_dtype),
+        max(T, bucket(longest + new)),
+        cache_dtype,
         attention_dtype,
     )
     stops = np.full(-(-max(len(stop_tokens), 1) // 8) * 8, -1, np.int32)
@@ -205,15 +206,17 @@ class _Knobs:
         )
 
 
-@functools.partial(jax.jit, donate_argnames="cache", static_argnames="attention_dtype")
+@functools.partial(jax.jit, static_argnames=("slots", "cache_dtype", "attention_dtype"))
 def _prefill(
     model: Any,
     tokens: Array,
     lengths: Array,
     done: Array,
-    cache: Cache,
+    slots: int,
+    cache_dtype: str | None = None,
     attention_dtype: str | None = None,
 ) -> _State:
+    cache = model.empty_cache(len(tokens), slots, cache_dtype, awaited=tokens.shape[1])
     logits, cache = model.prefill(tokens, lengths, cache, attention_dtype)
     rows = jnp.arange(tokens.shape[0])[:, None]
     real = jnp.arange(tokens.shape[1]) < lengths[:, None]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import tokenizers
@@ -221,3 +222,9 @@ def tiny_checkpoint() -> Path:
 def tiny_model() -> jq.LanguageModel:
     """It, loaded in float32; the same object each time, so that it is compiled once per shape."""
     return jq.from_pretrained(tiny_checkpoint(), dtype=np.float32)
+
+
+def full_of_nan(shape: tuple[int, ...], dtype: Any) -> Any:
+    """What memory may hold that nothing has been written to; bytes are NaN in FP8."""
+    value = 0x7F if jnp.dtype(dtype) == jnp.uint8 else jnp.nan
+    return jnp.full(shape, value, dtype)

@@ -243,10 +243,8 @@ def test_compiled_once_per_bucket(model):
 
 def test_the_cache_is_donated(model):
     module = model.module
-    cache = module.empty_cache(1, 32)
     tokens, lengths = np.ones((1, 32), np.int32), np.ones(1, np.int32)
-    state = generation._prefill(module, tokens, lengths, np.zeros(1, bool), cache)
-    assert cache.k.is_deleted()
+    state = generation._prefill(module, tokens, lengths, np.zeros(1, bool), 32)
     knobs, stops = generation._Knobs.of(Sampling()), np.full(8, -1, np.int32)
     address = state.cache.k.unsafe_buffer_pointer()
     new, _, _ = generation._decode(module, state, knobs, stops, 4)
@@ -313,8 +311,8 @@ def test_an_fp8_cache(model, monkeypatch):
     dtypes = []
     empty_cache = type(model.module).empty_cache
 
-    def spy(*args):
-        cache = empty_cache(*args)
+    def spy(*args, **options):
+        cache = empty_cache(*args, **options)
         dtypes.append(jax.tree.leaves(cache)[0].dtype)
         return cache
 

@@ -11,6 +11,7 @@ from jaxquant.attention.cache import (
     of_layer as of_layer,
 )
 from jaxquant.attention.fp8 import (
+    Units as Units,
     fp8_attention as fp8_attention,
     fp8_units as fp8_units,
     in_units as in_units,

@@ -37,20 +37,35 @@ TILE = 128
 KeysOrValues = Float[Array, "L B H S D"] | QuantizedArray
 
 
-def empty(shape: tuple[int, ...], dtype: Any, *, values: bool = False) -> KeysOrValues:
+def empty(
+    shape: tuple[int, ...], dtype: Any, *, values: bool = False, awaited: int = 0
+) -> KeysOrValues:
     """A cache `[L, B, H, S, D]` of zeros.
 
     Args:
       shape: of which S becomes the next multiple of 128 if the dtype is FP8.
       dtype: of the model, or float8_e4m3fn.
       values: whether it is for values; for keys otherwise.
+      awaited: so many slots are left as they are, for a prompt that is to `fill` them in all
+        layers. A pass over memory is saved.
     """
     if jnp.dtype(dtype) != FP8:
-        return jnp.zeros(shape, dtype)
+        return _zeros_from(awaited, shape, dtype)
     *lead, S, D = shape
     whole = jax.ShapeDtypeStruct((*lead, -(-S // TILE) * TILE, D), jnp.bfloat16)
     quantized = jax.eval_shape(quantize_values if values else quantize_keys, whole)
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), quantized)
+    first = -(-awaited // PAGE) if values else awaited
+    return jax.tree.map(lambda a: _zeros_from(first, a.shape, a.dtype), quantized)
+
+
+def _zeros_from(first: int, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Zeros from a given slot on, or page; before it, whatever is in memory."""
+    if first == 0 or jax.device_count() > 1:  # what is not computed, XLA does not partition
+        return jnp.zeros(shape, dtype)
+    if jnp.dtype(dtype) == FP8:
+        return lax.bitcast_convert_type(_zeros_from(first, shape, jnp.uint8), FP8)
+    rest = jnp.zeros((*shape[:3], shape[3] - first, *shape[4:]), dtype)
+    return lax.dynamic_update_slice_in_dim(lax.empty(shape, dtype), rest, first, axis=3)
 
 
 def cache_shape(cache: KeysOrValues) -> tuple[int, ...]:

@@ -20,17 +20,23 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Float32
 
 from jaxquant.attention.cache import FP8
+from jaxquant.attention.heads import side_by_side
 from jaxquant.blocked import hold, narrow, widen
 from jaxquant.hopper import multiprocessors
 from jaxquant.matmul import QuantizedTokens
 from jaxquant.matmul.tokens import with_one_scale
 
 _logger = logging.getLogger(__name__)
+
+# Of queries, of keys and of values.
+Units = tuple[Float32[Array, ""], Float32[Array, ""], Float32[Array, ""]]
 
 # What weights, at most 1, are multiplied with.
 _WEIGHT_SCALE = 256.0
@@ -49,7 +55,7 @@ def fp8_units(
     k: Float[Array, "B T H D"],
     v: Float[Array, "B T H Dv"],
     stretch: float = 1.0,
-) -> Float32[Array, "3"]:
+) -> Units:
     """The units of queries, keys and values.
 
     Args:
@@ -58,13 +64,42 @@ def fp8_units(
       v: as it is.
       stretch: by what factor q and k may grow besides.
     """
+    # Their exponents have no derivative.
+    q, k, v = (lax.stop_gradient(x) for x in (q, k, v))
+    try:
+        return _units_by_kernel(q, k, v, stretch)
+    except NotImplementedError as reason:
+        _logger.debug("units of prompts in FP8 are found through XLA: %s", reason)
     amax = jnp.stack([jnp.max(jnp.abs(x)).astype(jnp.float32) for x in (q, k, v)])
     amax = jnp.maximum(amax * jnp.asarray([stretch, stretch, 1], jnp.float32), _LEAST_AMAX)
     bits = lax.bitcast_convert_type(amax, jnp.int32) & _EXPONENT
-    return lax.bitcast_convert_type(bits - (7 << 23), jnp.float32)
+    q, k, v = lax.bitcast_convert_type(bits - (7 << 23), jnp.float32)
+    return q, k, v
 
 
-def in_units(qkv: Sequence[Array], units: Float32[Array, "3"]) -> tuple[Array, Array, Array]:
+def _units_by_kernel(q: Array, k: Array, v: Array, stretch: float) -> Units:
+    """In one pass.
+
+    Raises:
+      NotImplementedError: the device or the operands are not what the kernel takes; says why.
+    """
+    multiprocessors(q, "prompts")
+    qkv = side_by_side(q, k, v)
+    heads = q.shape[2], k.shape[2], v.shape[2]
+    return _run(qkv.reshape(-1, *qkv.shape[2:]), heads, float(stretch))
+
+
+# One after the other under `jax.vmap`; compiled once a shape, also where the caller does not jit.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _run(qkv: Array, heads: tuple[int, int, int], stretch: float) -> Units:
+    # Imported here: Mosaic GPU is there only where jaxlib was built with it.
+    from jaxquant.attention import units_sm90
+
+    run = functools.partial(units_sm90.fp8_units, heads=heads, stretch=stretch, least=_LEAST_AMAX)
+    return sequential_vmap(run)(qkv)
+
+
+def in_units(qkv: Sequence[Array], units: Units) -> tuple[Array, Array, Array]:
     """`e4m3(x / unit)` of queries, keys and values, of which nothing is above 448 units."""
     q, k, v = (narrow(x.astype(jnp.float32) * (1 / units[i]), FP8) for i, x in enumerate(qkv))
     return q, k, v
@@ -72,7 +107,7 @@ def in_units(qkv: Sequence[Array], units: Float32[Array, "3"]) -> tuple[Array, A
 
 def fp8_attention(
     qkv: tuple[Float[Array, "B T Hq D"], Float[Array, "B T H D"], Float[Array, "B T H Dv"]],
-    units: Float32[Array, "3"],
+    units: Units,
     dtype: Any,
     *,
     window: int | None = None,
@@ -109,7 +144,7 @@ def _xla(
     q: Array,
     k: Array,
     v: Array,
-    units: Array,
+    units: Units,
     *,
     window: int | None,
     scale: float,
@@ -147,7 +182,7 @@ def _cudnn(
     q: Array,
     k: Array,
     v: Array,
-    units: Array,
+    units: Units,
     *,
     window: int | None,
     scale: float,

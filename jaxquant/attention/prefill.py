@@ -1,5 +1,6 @@
 """What stands between a prompt's projections and its attention: rotation, FP8, the cache."""
 
+import functools
 import logging
 from typing import Any
 
@@ -10,7 +11,8 @@ from jaxtyping import Array, Float, Float32, Int
 
 from jaxquant.array import QuantizedArray
 from jaxquant.attention.cache import TILE, KeysOrValues, cache_shape, fill
-from jaxquant.attention.fp8 import in_units
+from jaxquant.attention.fp8 import Units, in_units
+from jaxquant.attention.heads import check_heads, refuse
 from jaxquant.attention.partition import across_devices, dims_of
 from jaxquant.attention.xla import rotate_halves
 from jaxquant.hopper import multiprocessors
@@ -18,11 +20,8 @@ from jaxquant.matmul.kernel_cache import kept
 
 _logger = logging.getLogger(__name__)
 
-_HEAD_DIMS = (64, 128, 256)
 # What TMA's swizzled tiles divide.
 _SLOT_ALIGNMENT = 8
-# What is read without TMA has offsets of 32 bits.
-_MAX_BYTES = 1 << 31
 
 
 def rotate_and_fill(
@@ -33,7 +32,7 @@ def rotate_and_fill(
     cache_v: KeysOrValues,
     layer: Int[Array, ""] | int,
     rotation: tuple[Float32[Array, "B T pairs"], Float32[Array, "B T pairs"]] | None = None,
-    units: Float32[Array, "3"] | None = None,
+    units: Units | None = None,
 ) -> tuple[tuple[Array, Array, Array], KeysOrValues, KeysOrValues]:
     """Prompts as attention takes them, and a cache with their keys and values.
 
@@ -54,10 +53,25 @@ def rotate_and_fill(
     Returns:
       Queries, keys and values, `in_units` if units are given; both caches.
     """
+    operands = q, k, v, cache_k, cache_v, layer, rotation, units
     try:
-        return _kernel(q, k, v, cache_k, cache_v, layer, rotation, units)
+        return _kernel(*operands)
     except NotImplementedError as reason:
         _logger.debug("prompts are rotated and cached through XLA: %s", reason)
+    return _xla(*operands)
+
+
+def _xla(
+    q: Array,
+    k: Array,
+    v: Array,
+    cache_k: KeysOrValues,
+    cache_v: KeysOrValues,
+    layer: Any,
+    rotation: tuple[Array, Array] | None,
+    units: Units | None,
+) -> Any:
+    """The reference."""
     if rotation is not None:
         q, k = (rotate_halves(x, *rotation) for x in (q, k))
     cache_k, cache_v = (
@@ -67,6 +81,8 @@ def rotate_and_fill(
     return qkv, cache_k, cache_v
 
 
+# Not a custom_jvp: in jax 0.11 that takes nothing which writes in place.
+@jax.custom_vjp
 def _kernel(
     q: Array,
     k: Array,
@@ -75,7 +91,7 @@ def _kernel(
     cache_v: KeysOrValues,
     layer: Any,
     rotation: tuple[Array, Array] | None,
-    units: Array | None,
+    units: Units | None,
 ) -> Any:
     """One pass over queries, keys and values.
 
@@ -83,31 +99,24 @@ def _kernel(
       NotImplementedError: the device or the operands are not what the kernel takes; says why.
     """
     multiprocessors(q, "prompts")
-    B, T, Hq, D = q.shape
     if rotation is None:
-        _refuse("nothing is rotated", "what is rotated by halves of all dims")
-    for name, x in (("q", q), ("k", k), ("v", v), ("the cache", cache_k)):
-        if x.dtype != jnp.bfloat16 and not isinstance(x, QuantizedArray):
-            _refuse(f"{name} is {x.dtype}", "bfloat16")
-    if D not in _HEAD_DIMS or v.shape[3] != D:
-        _refuse(f"D is {D} and {v.shape[3]}", f"the same for all, of {_HEAD_DIMS}")
-    if Hq % (H := k.shape[2]):
-        _refuse(f"q has {Hq} heads, k {H}", "a multiple of k's")
-    if T % TILE or q.size == 0:
-        _refuse(f"q is {list(q.shape)}", f"multiples of {TILE} tokens")
-    if 2 * B * T * (Hq + 2 * H) * D >= _MAX_BYTES:
-        _refuse(f"q is {list(q.shape)}", f"less than {_MAX_BYTES} bytes in all")
-    S = cache_shape(cache_k)[3]
+        refuse("nothing is rotated", "what is rotated by halves of all dims")
+    if cache_k.dtype != jnp.bfloat16 and not isinstance(cache_k, QuantizedArray):
+        refuse(f"the cache is {cache_k.dtype}", "bfloat16")
+    check_heads(q, k, v)
+    if q.shape[2] % (H := k.shape[2]):
+        refuse(f"q has {q.shape[2]} heads, k {H}", "a multiple of k's")
+    T, S = q.shape[1], cache_shape(cache_k)[3]
     alignment = TILE if isinstance(cache_k, QuantizedArray) else _SLOT_ALIGNMENT
     if T > S or S % alignment:
-        _refuse(f"S is {S}", f"multiples of {alignment}, for all {T} tokens")
+        refuse(f"S is {S}", f"multiples of {alignment}, for all {T} tokens")
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    inverses = None if units is None else 1 / units
-    return _run(q, k, v, cache_k, cache_v, layer, rotation, inverses)
+    if units is not None:
+        units = tuple(unit.reshape(1) for unit in units)
+    return _run(q, k, v, cache_k, cache_v, layer, rotation, units)
 
 
-def _refuse(what: str, allowed: str) -> None:
-    raise NotImplementedError(f"mosaic_gpu: {what}; the kernel takes {allowed}")
+_kernel.defvjp(functools.partial(jax.vjp, _xla), lambda vjp, cotangents: vjp(cotangents))
 
 
 # One after the other under `jax.vmap`; compiled once a shape, also where the caller does not jit.
@@ -121,7 +130,7 @@ def _run(
     cache_v: KeysOrValues,
     layer: Array,
     rotation: tuple[Array, Array],
-    inverses: Array | None,
+    units: tuple[Array, Array, Array] | None,
 ) -> Any:
     # Imported here: Mosaic GPU is there only where jaxlib was built with it.
     from jaxquant.attention import prefill_sm90
@@ -139,7 +148,7 @@ def _run(
 
     taken = "b t h g d", "b t h d", "b t h d"
     cache = dims_of(cache_k, "k"), dims_of(cache_v, "v")
-    operands = q.reshape(B, T, H, -1, D), k, v, cache_k, cache_v, layer, rotation, inverses
-    others = "one", "b t pairs", None if inverses is None else "three"
+    operands = q.reshape(B, T, H, -1, D), k, v, cache_k, cache_v, layer, rotation, units
+    others = "one", "b t pairs", None if units is None else "one"
     (q, *kv), *caches = across_devices(run, operands, (*taken, *cache, *others), (taken, *cache))
     return (q.reshape(B, T, Hq, D), *kv), *caches

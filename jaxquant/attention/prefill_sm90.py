@@ -37,7 +37,7 @@ def rotate_and_fill(
     v: KeysOrValues,
     layer: Int32[Array, "1"],
     rotation: tuple[Float32[Array, "B T pairs"], Float32[Array, "B T pairs"]],
-    inverses: Float32[Array, "3"] | None = None,
+    units: tuple[Float32[Array, "1"], Float32[Array, "1"], Float32[Array, "1"]] | None = None,
 ) -> tuple[
     tuple[Float[Array, "B T Hq D"], Float[Array, "B T H D"], Float[Array, "B T H D"]],
     KeysOrValues,
@@ -54,13 +54,13 @@ def rotate_and_fill(
       v: likewise.
       layer: which of the L.
       rotation: cosines and sines of the angles of the pairs (i, i + D / 2).
-      inverses: what queries, keys and values are multiplied with before they are rounded to FP8;
-        None leaves them in bfloat16.
+      units: what queries, keys and values are divided by before they are rounded to FP8, powers of
+        two; None leaves them in bfloat16.
     """
     B, T, R, D = qkv.shape
     L, _, H, S, _ = cache_shape(k)
-    Hq, half, dtype = R - 2 * H, D // 2, jnp.bfloat16 if inverses is None else FP8
-    scaled = () if inverses is None else (inverses,)
+    Hq, half, dtype = R - 2 * H, D // 2, jnp.bfloat16 if units is None else FP8
+    scaled = units or ()
     quantized = isinstance(k, QuantizedArray)
     lanes = half // _VECTOR
     rows = _THREADS // lanes
@@ -78,16 +78,19 @@ def rotate_and_fill(
     rotated_blocks = B * T // rows * sum(groups)
 
     def kernel(qkv_gmem, cos_gmem, sin_gmem, layer_gmem, *refs):
-        scales_gmem, refs = refs[: len(scaled)], refs[len(scaled) :]
+        units_gmem, refs = refs[: len(scaled)], refs[len(scaled) :]
         k_gmem, v_gmem, refs = refs[:parts], refs[parts : 2 * parts], refs[2 * parts :]
         q_out, k_out, v_out, x_smem, landed, *refs = refs
         pages_smem, v_smem = refs[:quantized], refs[quantized:]
         block = lax.axis_index("block")
         stack = in_stack(layer_gmem[0], L) * B
 
-        def as_taken(x, which):
+        def to_units(which):
+            return 1.0 / units_gmem[which][0] if scaled else None
+
+        def as_taken(x, inverse):
             """What attention takes of values that are bfloat16 but for their type."""
-            return (x * scales_gmem[0][which] if scaled else x).astype(dtype)
+            return (x if inverse is None else x * inverse).astype(dtype)
 
         def sequence_and_slot(token):
             return lax.div(token, T), lax.rem(token, T)
@@ -98,6 +101,7 @@ def rotate_and_fill(
             tokens = pl.ds(token, _VALUE_TOKENS)
             dims = pl.ds((Hq + H + h) * D, D)
             plgpu.copy_gmem_to_smem(qkv_gmem.at[tokens, dims], x_smem, landed)
+            inverse = to_units(2)
             plgpu.barrier_wait(landed)
             b, slot = sequence_and_slot(token)
             row = (stack + b) * H + h
@@ -105,7 +109,7 @@ def rotate_and_fill(
             slots = pl.ds(slot, _VALUE_TOKENS)
             cached, stored = x_smem, v_gmem[0].at[row, slots]
             if scaled:
-                v_smem[0][...] = as_taken(values, 2)
+                v_smem[0][...] = as_taken(values, inverse)
             if quantized:
                 qvalue, scale = quantize_groups(values, WGMMA)
                 values_sm90.put_all(pages_smem[0], qvalue.astype(FP8))
@@ -146,10 +150,10 @@ def rotate_and_fill(
                 turned = x1cos - x2sin, x2cos + x1sin
                 yield [x.astype(jnp.bfloat16).astype(jnp.float32) for x in turned]
 
-        def write(out, token, head, x, which):
+        def write(out, token, head, x, inverse):
             for i, part in enumerate(x):
                 at = out.at[pl.ds(token, rows), pl.ds(head * D + i * half, half)]
-                store(at, as_taken(part, which))
+                store(at, as_taken(part, inverse))
 
         @pl.when(block >= value_blocks)
         def _rotated():
@@ -158,18 +162,18 @@ def rotate_and_fill(
 
             @pl.when(group < groups[0])
             def _queries():
-                count = min(_HEADS, Hq)
+                count, inverse = min(_HEADS, Hq), to_units(0)
                 first = jnp.minimum(group * _HEADS, Hq - count)
                 for i, x in enumerate(rotated(token, first, count)):
-                    write(q_out, token, first + i, x, 0)
+                    write(q_out, token, first + i, x, inverse)
 
             @pl.when(group >= groups[0])
             def _keys():
-                count = min(_HEADS, H)
+                count, inverse = min(_HEADS, H), to_units(1)
                 first = jnp.minimum((group - groups[0]) * _HEADS, H - count)
                 b, slot = sequence_and_slot(token)
                 for i, x in enumerate(rotated(token, Hq + first, count)):
-                    write(k_out, token, first + i, x, 1)
+                    write(k_out, token, first + i, x, inverse)
                     at = (stack + b) * H + first + i, pl.ds(slot, rows)
                     whole = lax.concatenate(x, 1)
                     if quantized:

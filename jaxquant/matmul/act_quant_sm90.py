@@ -1,8 +1,9 @@
 """Quantizing activations on Hopper: each value is read once, and little else is done with it.
 
-Three kernels, by what there is to do: `quantize_tokens`, `quantize_normalized` for what stands
-behind an RMSNorm, which has to see all of a token first, and `quantize_ragged` for K in no whole
-groups, or few, and for more tokens than the others can address.
+Four kernels, by what there is to do: `quantize_tokens`, `quantize_short` for tokens of
+few groups, `quantize_normalized` for what stands behind an RMSNorm, which has to see all of a token
+first, and `quantize_ragged` for K in no whole groups, and for more or fewer tokens than the others
+can address.
 """
 
 import functools
@@ -82,6 +83,8 @@ def quantize(
         x, prologue = prologue(x, layer[0]), None
     if tiles:
         return quantize_tokens(prologue, x, K, rows, scale_rows)
+    if M >= TILE_GROUPS and K % ACTIVATION_GROUP == 0 and _bytes(x) < _MAX_BYTES:
+        return quantize_short(prologue, x, K, rows, scale_rows)
     if prologue is not None and K % ACTIVATION_GROUP:
         x, prologue = prologue(x, layer[0]), None
     if M > TILE_GROUPS:  # fewer rows TMA pads itself
@@ -92,7 +95,11 @@ def quantize(
 def in_tiles(x: Float[Array, "M A"], K: int) -> bool:
     """Whether `quantize_tokens` takes x."""
     groups, rest = divmod(K, ACTIVATION_GROUP)
-    return rest == 0 and groups >= TILE_GROUPS and x.size * x.dtype.itemsize < _MAX_BYTES
+    return rest == 0 and groups >= TILE_GROUPS and _bytes(x) < _MAX_BYTES
+
+
+def _bytes(x: Array) -> int:
+    return x.size * x.dtype.itemsize
 
 
 def quantize_tokens(
@@ -158,6 +165,47 @@ def quantize_tokens(
         kernel_name="jaxquant_quantize_tokens",
     )(x.reshape(-1, ACTIVATION_GROUP), *targets)
     return qvalue.reshape(rows, K), scale
+
+
+def quantize_short(
+    prologue: SiluMul | None, x: Float[Array, "M A"], K: int, rows: int, scale_rows: int
+) -> tuple[Float[Array, "rows K"], Float32[Array, "groups scale_rows"]]:
+    """`quantize` of 8 or more tokens in whole groups: a thread block has one group of 8 tokens."""
+    M, steps = x.shape[0], K // ACTIVATION_GROUP
+
+    def kernel(x_gmem, q_gmem, s_gmem):
+        block = lax.axis_index("block")
+        group = lax.rem(block, steps)
+        # A tile that would pass the end overlaps the one before instead, and computes the same.
+        tokens = pl.ds(
+            jnp.minimum(lax.div(block, steps) * TILE_GROUPS, M - TILE_GROUPS), TILE_GROUPS
+        )
+
+        def columns(group):
+            return pl.ds(group * ACTIVATION_GROUP, ACTIVATION_GROUP)
+
+        def load(group):
+            at = x_gmem.at[tokens, columns(group)]
+            return plgpu.load(at, layout=GROUPS, optimized=False).astype(jnp.float32)
+
+        values = load(group)
+        if prologue is not None:
+            values = silu_mul(values, load(steps + group), x.dtype, GROUPS).astype(jnp.float32)
+        qvalue, scale = quantize_groups(values)
+        q_gmem[tokens, columns(group)] = qvalue.astype(FP8)
+        store(s_gmem.at[group, tokens], scale)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((rows, K), FP8),
+            jax.ShapeDtypeStruct((steps, scale_rows), jnp.float32),
+        ),
+        grid=(cdiv(M, TILE_GROUPS) * steps,),  # only the last axis goes beyond 65535
+        grid_names=("block",),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
+        kernel_name="jaxquant_quantize_short",
+    )(x)
 
 
 def quantize_normalized(

@@ -20,6 +20,8 @@ from jaxtyping import Array, Float32
 from jaxquant.blocked import ieee_divide
 from jaxquant.hopper import interpreted
 
+_EXPONENT = 0x7F800000
+
 
 def product(a: Array, b: Array, layout: Any) -> Float32[Array, "..."]:
     """`a * b`, rounded, even where the compiler would make one operation of it and a sum."""
@@ -58,19 +60,27 @@ def quotient(a: Array, b: Array, inverse: Array, layout: Any) -> Float32[Array, 
 def ceil_to_power_of_two(x: Float32[Array, "..."], layout: Any) -> Float32[Array, "..."]:
     """The least power of two >= x, for normal x > 0; infinity and NaN stay."""
     # What is in the mantissa carries into the exponent.
+    power = _on_bits(lambda bits: (bits + 0x7FFFFF) & _EXPONENT, x, layout)
+    return jnp.where(x < jnp.inf, power, x)
+
+
+def floor_to_power_of_two(x: Float32[Array, "..."], layout: Any) -> Float32[Array, "..."]:
+    """The largest power of two <= x, for normal x > 0; infinity stays."""
+    return _on_bits(lambda bits: bits & _EXPONENT, x, layout)
+
+
+def _on_bits(operation: Callable[[Any], Any], x: Array, layout: Any) -> Array:
     if interpreted():
         bits = lax.bitcast_convert_type(x, jnp.uint32)
-        power = lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
-    else:
-        result = plgpu.ShapeDtypeStruct(x.shape, jnp.dtype(jnp.float32), layout=layout)
+        return lax.bitcast_convert_type(operation(bits), jnp.float32)
+    result = plgpu.ShapeDtypeStruct(x.shape, jnp.dtype(jnp.float32), layout=layout)
 
-        @plgpu.inline_mgpu(arg_types=(layout,), return_type=result)
-        def run(_, x):
-            bits = x.bitcast(ir.IntegerType.get_signless(32), output_is_signed=False)
-            return ((bits + 0x7FFFFF) & 0x7F800000).bitcast(ir.F32Type.get())
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=result)
+    def run(_, x):
+        bits = x.bitcast(ir.IntegerType.get_signless(32), output_is_signed=False)
+        return operation(bits).bitcast(ir.F32Type.get())
 
-        power = run(x)  # pyright: ignore[reportCallIssue]
-    return jnp.where(x < jnp.inf, power, x)
+    return run(x)  # pyright: ignore[reportCallIssue]
 
 
 def _instruction(name: str) -> Callable[..., Any]:

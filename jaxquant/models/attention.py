@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Int
 
 from jaxquant.array import QuantizedArray
 from jaxquant.attention import (
+    Units,
     append,
     append_and_attend,
     empty,
@@ -46,11 +47,19 @@ class Cache:
 
     @staticmethod
     def empty(
-        L: int, B: int, H: int, S: int, D: int, dtype: Any, *, Dv: int | None = None
+        L: int,
+        B: int,
+        H: int,
+        S: int,
+        D: int,
+        dtype: Any,
+        *,
+        Dv: int | None = None,
+        awaited: int = 0,
     ) -> "Cache":
-        """A cache with no filled slots; Dv is D unless given."""
-        k = empty((L, B, H, S, D), dtype)
-        v = empty((L, B, H, S, D if Dv is None else Dv), dtype, values=True)
+        """A cache with no filled slots; Dv is D unless given, `awaited` as in `attention.empty`."""
+        k = empty((L, B, H, S, D), dtype, awaited=awaited)
+        v = empty((L, B, H, S, D if Dv is None else Dv), dtype, values=True, awaited=awaited)
         return Cache(k, v, jnp.zeros((B,), jnp.int32))
 
 
@@ -124,7 +133,7 @@ class Forward:
         k: Float[Array, "B T H D"],
         v: Float[Array, "B T H Dv"],
         rope: Rope | None = None,
-    ) -> Float32[Array, "3"] | None:
+    ) -> Units | None:
         """Of FP8, if that is what tokens attend in, given what is still to be rotated."""
         if self.dtype is None:
             return None

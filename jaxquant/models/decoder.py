@@ -164,11 +164,19 @@ class Decoder(nnx.Module):
         """Final norm and logits in float32."""
         return (self.lm_head or self.embed_tokens).logits(x, self.norm.prologue)
 
-    def empty_cache(self, B: int, S: int, dtype: Any = None) -> Cache:
-        """A cache for B sequences of up to S tokens, of the model's dtype or another."""
+    def empty_cache(self, B: int, S: int, dtype: Any = None, awaited: int = 0) -> Cache:
+        """A cache for B sequences of up to S tokens, of the model's dtype or another.
+
+        Args:
+          B: batch size.
+          S: slots.
+          dtype: also float8_e4m3fn.
+          awaited: tokens of the prompts that come next, padded, whose slots need no zeros.
+        """
         cfg = self.cfg
         dtype = dtype or self.embed_tokens.weight.get_value().dtype
-        return Cache.empty(cfg.num_layers, B, cfg.num_kv_heads, S, cfg.head_dim, dtype)
+        L, H, D = cfg.num_layers, cfg.num_kv_heads, cfg.head_dim
+        return Cache.empty(L, B, H, S, D, dtype, awaited=awaited)
 
 
 def _unrolled(devices: int) -> int:

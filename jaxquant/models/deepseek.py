@@ -127,7 +127,7 @@ class Deepseek(MoEDecoder):
 
     layers_type = DeepseekLayers
 
-    def empty_cache(self, B: int, S: int, dtype: Any = None) -> Cache:
-        """A cache of latents for B sequences of up to S tokens, of the model's dtype or another."""
+    def empty_cache(self, B: int, S: int, dtype: Any = None, awaited: int = 0) -> Cache:
+        """A cache of latents for B sequences; see `Decoder.empty_cache`."""
         dtype = dtype or self.embed_tokens.weight.get_value().dtype
-        return self.cfg.mla.empty_cache(self.cfg.num_layers, B, S, dtype)
+        return self.cfg.mla.empty_cache(self.cfg.num_layers, B, S, dtype, awaited)

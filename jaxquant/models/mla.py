@@ -54,9 +54,9 @@ class MLAConfig:
     scale: float
     bias: bool = False
 
-    def empty_cache(self, L: int, B: int, S: int, dtype: Any) -> Cache:
+    def empty_cache(self, L: int, B: int, S: int, dtype: Any, awaited: int = 0) -> Cache:
         """Latents for k and rotated keys for v, of one head."""
-        return Cache.empty(L, B, 1, S, self.kv_rank, dtype, Dv=self.rope_dim)
+        return Cache.empty(L, B, 1, S, self.kv_rank, dtype, Dv=self.rope_dim, awaited=awaited)
 
 
 class MLA(nnx.Module):

@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 from attention_reference import causal, relative_error
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxquant.attention import fp8
 from jaxquant.attention.cache import FP8
 from jaxquant.models.attention import Cache, Forward, Prefill, of_heads
 from jaxquant.models.layers import Rope
 
+PARAMS = plgpu.InterpretGPUParams(uninitialized_memory="nan", detect_races=True)
 # That of a single e4m3 operand is 2.6%; these are queries, keys, values, weights and the result.
 TOLERANCE = 7e-2
 
@@ -71,6 +74,35 @@ def test_it_is_the_definition_of_the_documentation():
     p = 256 * np.exp(logits - logits.max(axis=1, keepdims=True))
     expected = units[2] * e4m3(e4m3(p) @ v8 / p.sum(axis=1, keepdims=True))
     np.testing.assert_array_equal(np.asarray(attend(q, k, v), float)[0, :, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "Hq", "H", "D", "stretch"),
+    [(2, 128, 9, 3, 64, 1.0), (3, 128, 3, 1, 128, 1.3), (1, 128, 2, 2, 256, 1.0)],
+)
+def test_the_kernel_finds_the_units(monkeypatch, B, T, Hq, H, D, stretch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    rng, heads = np.random.default_rng(0), (Hq, H, H)
+    qkv = [rng.standard_normal((B, T, n, D)) * 10.0**-n for n in heads]
+    for t, place in ((0, 0), (77, 1), (T - 1, -1)):  # wherever the largest is
+        for x in qkv:
+            x[-1, t, place % x.shape[2], place] = -10 * np.abs(x).max()
+        q, k, v = (jnp.asarray(x, "bfloat16") for x in qkv)
+        expected = fp8.fp8_units(q, k, v, stretch)
+        with monkeypatch.context() as m, plgpu.force_gpu_interpret_mode(PARAMS):
+            m.setattr(fp8, "multiprocessors", lambda q, what: 2)
+            units = fp8._units_by_kernel(q, k, v, stretch)
+        np.testing.assert_array_equal(units, expected)
+    assert not gpu_callbacks.get_races().races_found
+
+
+def test_units_of_zeros_by_the_kernel(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    x = jnp.zeros((1, 128, 1, 64), jnp.bfloat16)
+    expected = fp8.fp8_units(x, x, x)
+    monkeypatch.setattr(fp8, "multiprocessors", lambda q, what: 2)
+    with plgpu.force_gpu_interpret_mode(PARAMS):
+        np.testing.assert_array_equal(fp8._units_by_kernel(x, x, x, 1.0), expected)
 
 
 @pytest.mark.parametrize("factor", [2.0**-60, 2.0**60])

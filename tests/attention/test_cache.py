@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import builders
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from attention_reference import (
     fp8_cache_and_token,
     relative_error,
 )
+from jax import lax
 
 from jaxquant.attention import append_and_attend, decode_attention
 from jaxquant.attention.cache import (
@@ -71,6 +73,20 @@ def test_what_is_filled_and_appended_is_what_quantizing_all_gives(B, T, values):
     np.testing.assert_array_equal(dequantized(cache)[1, :, :, : T + 1], expected)
     assert not dequantized(cache)[1, :, :, T + 1 :].any()
     assert not dequantized(cache)[0].any()
+
+
+@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize("T", [100, 128, 256])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+def test_slots_that_await_a_prompt_need_no_zeros(monkeypatch, dtype, T, values):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(lax, "empty", builders.full_of_nan)
+    zeros, new = empty((2, 1, 2, 256, 16), dtype, values=values), random(1, 2, T, 16)
+    cache = empty((2, 1, 2, 256, 16), dtype, values=values, awaited=T)
+    assert not same_bytes(cache, zeros)
+    for layer in range(2):
+        cache, zeros = (fill(c, new.astype(c.dtype), layer) for c in (cache, zeros))
+    assert same_bytes(cache, zeros)
 
 
 @pytest.mark.parametrize("values", [False, True])

@@ -15,7 +15,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxquant.attention import fp8, prefill, rotate_and_fill
+from jaxquant.attention import fp8, heads, prefill, rotate_and_fill
 from jaxquant.attention.cache import FP8, empty, fill
 from jaxquant.attention.xla import rotate_halves
 
@@ -92,6 +92,23 @@ def test_vmap_runs_one_after_the_other(hopper):
         assert_same_bytes(one, expected(sign * q, k, v, *caches, rotation, 0))
 
 
+@pytest.mark.parametrize("cache_dtype", [FP8, jnp.bfloat16])
+def test_gradients_are_those_of_the_reference(hopper, monkeypatch, cache_dtype):
+    q, k, v, *caches, rotation = operands(1, 128, 2, 1, 64, 128, cache_dtype)
+
+    def gradients(run):
+        def loss(*qkv):
+            taken, *_ = run(*qkv, *caches, jnp.int32(1), rotation)
+            return sum((x.astype("float32") ** 2).sum() for x in taken)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+    monkeypatch.setattr(prefill, "fill", fill)
+    got = gradients(rotate_and_fill)
+    assert_same_bytes(got, gradients(lambda *args: prefill._xla(*args, None)))
+    assert jnp.linalg.norm(got[2] - 2 * v) == 0
+
+
 @pytest.mark.parametrize("in_fp8", [False, True])
 @pytest.mark.parametrize("cache_dtype", [FP8, jnp.bfloat16])
 def test_no_threads_race(hopper, cache_dtype, in_fp8):
@@ -116,7 +133,7 @@ def test_no_threads_race(hopper, cache_dtype, in_fp8):
 )
 def test_what_the_kernel_does_not_take_runs_through_xla(monkeypatch, caplog, change, message):
     monkeypatch.setattr(prefill, "multiprocessors", lambda q, what: 2)
-    monkeypatch.setattr(prefill, "_MAX_BYTES", change.get("bytes", 1 << 31))
+    monkeypatch.setattr(heads, "_MAX_BYTES", change.get("bytes", 1 << 31))
     sizes = {"B": 1, "T": 128, "Hq": 2, "H": 1, "D": 64, "S": 256, "cache_dtype": FP8}
     sizes |= {name: value for name, value in change.items() if name in {*sizes, "dtype"}}
     *rest, rotation = operands(**sizes)

@@ -30,14 +30,17 @@ def launches(hlo: str) -> list[str]:
 @pytest.mark.parametrize("i", range(len(SHAPES)))
 def test_all_that_stands_before_attention_is_one_kernel(compiled, i):
     assert "jaxquant_rotate_and_fill" in compiled[i]
-    inverts = SHAPES[i][-1]  # units, which a model makes in the same fusion
-    assert launches(compiled[i]) == ["fusion"] * inverts + ["custom-call"]
+    assert launches(compiled[i]) == ["custom-call"]
     assert "output_to_operand_aliasing={{" in compiled[i]
 
 
 def test_attention_in_fp8_is_cudnns(compiled):
-    assert launches(compiled[-1]) == ["fusion"] * 2 + ["custom-call"]  # two units are taken out
+    assert launches(compiled[-1]) == ["custom-call"]
     assert "__cudnn$fmhaSoftmaxF8" in compiled[-1]
+
+
+def test_units_of_fp8_are_two_kernels(compiled):
+    assert launches(compiled[-2]) == ["custom-call"] * 2
 
 
 def compile_all() -> list[str | None]:
@@ -53,11 +56,13 @@ def compile_all() -> list[str | None]:
     def shaped(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
+    def split(qkv, B, T, Hq, H, D):
+        heads = jnp.split(qkv, [Hq * D, (Hq + H) * D], axis=-1)
+        return [x.reshape(B, T, -1, D) for x in heads]
+
     def compile_fill(B, T, Hq, H, D, S, fp8_cache, in_fp8):
         def run(qkv, k, v, layer, rotation, units):
-            heads = jnp.split(qkv, [Hq * D, (Hq + H) * D], axis=-1)
-            heads = (x.reshape(B, T, -1, D) for x in heads)
-            return prefill._kernel(*heads, k, v, layer, rotation, units)
+            return prefill._kernel(*split(qkv, B, T, Hq, H, D), k, v, layer, rotation, units)
 
         def caches():
             dtype = FP8 if fp8_cache else jnp.bfloat16
@@ -65,9 +70,15 @@ def compile_all() -> list[str | None]:
 
         stacks = jax.tree.map(lambda a: shaped(a.shape, a.dtype), jax.eval_shape(caches))
         qkv, table = shaped((B, T, (Hq + 2 * H) * D), "bfloat16"), shaped((B, T, D // 2), "float32")
-        units = shaped((3,), "float32") if in_fp8 else None
+        units = (shaped((), "float32"),) * 3 if in_fp8 else None
         args = qkv, *stacks, shaped((), "int32"), (table, table), units
         return jax.jit(run, donate_argnums=(1, 2)).lower(*args).compile().as_text()
+
+    def compile_units(B, T, Hq, H, D):
+        def run(qkv):
+            return fp8._units_by_kernel(*split(qkv, B, T, Hq, H, D), 1.0)
+
+        return jax.jit(run).lower(shaped((B, T, (Hq + 2 * H) * D), "bfloat16")).compile().as_text()
 
     def compile_attention(B, T, Hq, H, D):
         # The library itself is not asked for anything before it runs.
@@ -75,9 +86,13 @@ def compile_all() -> list[str | None]:
         heads = [shaped((B, T, n, D), FP8) for n in (Hq, H, H)]
         options = {"scale": 0.1, "window": None, "softcap": None}
         run = jax.jit(lambda *args: fp8._cudnn(*args, **options))
-        return run.lower(*heads, shaped((3,), "float32")).compile().as_text()
+        return run.lower(*heads, (shaped((), "float32"),) * 3).compile().as_text()
 
-    return [*(compile_fill(*s) for s in SHAPES), compile_attention(1, 256, 8, 2, 128)]
+    return [
+        *(compile_fill(*s) for s in SHAPES),
+        compile_units(1, 8192, 32, 8, 128),
+        compile_attention(1, 256, 8, 2, 128),
+    ]
 
 
 if __name__ == "__main__":

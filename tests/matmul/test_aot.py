@@ -23,6 +23,7 @@ PRODUCTS = [
     (64, 28672, 4096, "bfloat16", "float32", "rms_norm", ["quantize_normalized", "decode_fp8"]),
     (128, 1536, 4096, "bfloat16", "bfloat16", None, ["quantize_tokens", "decode_fp8"]),
     (128, 4096, 14336, "bfloat16", "bfloat16", "silu_mul", ["quantize_tokens", "decode_fp8"]),
+    (64, 2048, 512, "bfloat16", "bfloat16", None, ["quantize_short", "decode_fp8"]),
     (100, 200, 96, "bfloat16", "bfloat16", None, ["quantize_ragged", "decode_fp8"]),
     (130, 192, 576, "bfloat16", "float32", "rms_norm", ["quantize_normalized", "gemm_fp8"]),
     (300, 8, 32, "float32", "float32", None, ["quantize_ragged", "gemm_fp8"]),

@@ -148,18 +148,21 @@ def test_dynamic_rope_stretches_texts_beyond_the_context(case):
 STEPS = 20
 
 
-def prefilled_and_decoded(case, cache_dtype=None):
+def prefilled_and_decoded(monkeypatch, case, cache_dtype=None):
     """Logits over a cache, and what `full_logits` has of the same tokens.
 
-    Prompts of unequal lengths, padded beyond the context.
+    Prompts of unequal lengths, padded beyond the context. What is in memory that a cache is made of
+    is NaN.
     """
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(lax, "empty", builders.full_of_nan)
     tokens, lengths = with_continuation(case), np.array([9, 13], np.int32)
     rows = np.arange(2)
     padded = np.pad(tokens, ((0, 0), (0, 48 - tokens.shape[1])), constant_values=5)
 
     @jax.jit
     def run(module, padded):
-        cache = module.empty_cache(2, 48, cache_dtype)
+        cache = module.empty_cache(2, 48, cache_dtype, awaited=48)
         logits, cache = module.prefill(padded, jnp.asarray(lengths), cache)
 
         def step(cache, _):
@@ -176,13 +179,13 @@ def prefilled_and_decoded(case, cache_dtype=None):
 
 
 @pytest.mark.parametrize("case", FAMILIES)
-def test_prefill_and_decode_equal_the_full_forward(case):
-    assert relative(*prefilled_and_decoded(case)) < 1e-5
+def test_prefill_and_decode_equal_the_full_forward(monkeypatch, case):
+    assert relative(*prefilled_and_decoded(monkeypatch, case)) < 1e-5
 
 
 @pytest.mark.parametrize("case", ["llama/llama3", "gemma/gemma2"])
-def test_an_fp8_cache_is_close_and_different(case):
-    logits, full = prefilled_and_decoded(case, jnp.float8_e4m3fn)
+def test_an_fp8_cache_is_close_and_different(monkeypatch, case):
+    logits, full = prefilled_and_decoded(monkeypatch, case, jnp.float8_e4m3fn)
     assert relative(logits[:1], full[:1]) < 1e-5  # prefill attends to what is not quantized
     assert 1e-3 < relative(logits, full) < 0.1
 

@@ -80,6 +80,16 @@ def test_a_prefill_writes_the_cache_in_its_own_layout(compiled, program):
     assert LARGE not in [math.prod(map(int, shape.split(","))) for shape in transposed]
 
 
+@pytest.mark.parametrize("program", ["new cache", "new FP8 cache"])
+def test_a_prompt_has_zeros_only_behind_it(compiled, program):
+    text = compiled[f"prefill, {program}"]
+    buffers = re.findall(r"= (\S+) custom-call\(\)[^\n]*AllocateBuffer", text)
+    assert len(buffers) == (4 if "FP8" in program else 2)
+    made = re.findall(r"= \w+\[([\d,]*)\]\S* (?:broadcast|copy)\(", text)
+    sizes = [math.prod(int(n) for n in shape.split(",") if n) for shape in made]
+    assert LARGE * LAYERS not in sizes
+
+
 def compile_all() -> dict[str, str]:
     import jax
     import jax.numpy as jnp
@@ -146,6 +156,10 @@ def compile_all() -> dict[str, str]:
     def prefill(model, tokens, lengths, cache):
         return model.prefill(tokens, lengths, cache)
 
+    def prefill_new(model, tokens, lengths, dtype):
+        cache = model.empty_cache(1, SLOTS, dtype, tokens.shape[1])
+        return model.prefill(tokens, lengths, cache)
+
     def decode_in_turns(model, tokens, cache):
         decoder._unrolled = lambda devices: 2
         logits = model.decode(tokens, cache)
@@ -161,6 +175,13 @@ def compile_all() -> dict[str, str]:
         **{
             name: text(prefill, model, shaped((1, 256), jnp.int32), shaped((1,), jnp.int32), cache)
             for name, cache in (("prefill", cache(1)), ("prefill, FP8 cache", fp8_cache(1)))
+        },
+        **{
+            f"prefill, {name}": jax.jit(prefill_new, static_argnums=3)
+            .lower(model, shaped((1, 256), jnp.int32), shaped((1,), jnp.int32), dtype)
+            .compile()
+            .as_text()
+            for name, dtype in (("new cache", None), ("new FP8 cache", "float8_e4m3fn"))
         },
     }
 
