@@ -31,6 +31,7 @@ from jaxquant.attention.heads import side_by_side
 from jaxquant.blocked import hold, narrow, widen
 from jaxquant.hopper import multiprocessors
 from jaxquant.matmul import QuantizedTokens
+from jaxquant.matmul.kernel_cache import kept
 from jaxquant.matmul.tokens import with_one_scale
 
 _logger = logging.getLogger(__name__)
@@ -95,7 +96,9 @@ def _run(qkv: Array, heads: tuple[int, int, int], stretch: float) -> Units:
     # Imported here: Mosaic GPU is there only where jaxlib was built with it.
     from jaxquant.attention import units_sm90
 
-    run = functools.partial(units_sm90.fp8_units, heads=heads, stretch=stretch, least=_LEAST_AMAX)
+    def run(qkv):
+        return kept(units_sm90.fp8_units)(qkv, heads, stretch, _LEAST_AMAX)
+
     return sequential_vmap(run)(qkv)
 
 
