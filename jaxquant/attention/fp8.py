@@ -27,7 +27,7 @@ from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Float32
 
 from jaxquant.attention.cache import FP8
-from jaxquant.attention.heads import side_by_side
+from jaxquant.attention.heads import check_heads, refuse
 from jaxquant.blocked import hold, narrow, widen
 from jaxquant.hopper import multiprocessors
 from jaxquant.matmul import QuantizedTokens
@@ -85,14 +85,18 @@ def _units_by_kernel(q: Array, k: Array, v: Array, stretch: float) -> Units:
       NotImplementedError: the device or the operands are not what the kernel takes; says why.
     """
     multiprocessors(q, "prompts")
-    qkv = side_by_side(q, k, v)
-    heads = q.shape[2], k.shape[2], v.shape[2]
-    return _run(qkv.reshape(-1, *qkv.shape[2:]), heads, float(stretch))
+    check_heads(q, k, v)
+    if jax.device_count() > 1:  # it would have all of them on each
+        refuse(f"there are {jax.device_count()} devices", "one")
+    # Where these are slices of one product, side by side, XLA takes the product itself.
+    rows, heads = (*q.shape[:2], -1), tuple(x.shape[2] for x in (q, k, v))
+    qkv = jnp.concatenate([x.reshape(rows) for x in (q, k, v)], axis=-1)
+    return _run(qkv.reshape(-1, sum(heads), q.shape[3]), heads, float(stretch))
 
 
 # One after the other under `jax.vmap`; compiled once a shape, also where the caller does not jit.
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _run(qkv: Array, heads: tuple[int, int, int], stretch: float) -> Units:
+def _run(qkv: Array, heads: tuple[int, ...], stretch: float) -> Units:
     # Imported here: Mosaic GPU is there only where jaxlib was built with it.
     from jaxquant.attention import units_sm90
 

@@ -111,9 +111,8 @@ def _kernel(
     if T > S or S % alignment:
         refuse(f"S is {S}", f"multiples of {alignment}, for all {T} tokens")
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    if units is not None:
-        units = tuple(unit.reshape(1) for unit in units)
-    return _run(q, k, v, cache_k, cache_v, layer, rotation, units)
+    each = None if units is None else tuple(unit.reshape(1) for unit in units)
+    return _run(q, k, v, cache_k, cache_v, layer, rotation, each)
 
 
 _kernel.defvjp(functools.partial(jax.vjp, _xla), lambda vjp, cotangents: vjp(cotangents))
@@ -130,7 +129,7 @@ def _run(
     cache_v: KeysOrValues,
     layer: Array,
     rotation: tuple[Array, Array],
-    units: tuple[Array, Array, Array] | None,
+    units: tuple[Array, ...] | None,
 ) -> Any:
     # Imported here: Mosaic GPU is there only where jaxlib was built with it.
     from jaxquant.attention import prefill_sm90

@@ -28,7 +28,7 @@ _FROM_AMAX = 2.0**-7
 
 
 def fp8_units(
-    qkv: BFloat16[Array, "M R D"], heads: tuple[int, int, int], stretch: float, least: float
+    qkv: BFloat16[Array, "M R D"], heads: tuple[int, ...], stretch: float, least: float
 ) -> tuple[Float32[Array, ""], Float32[Array, ""], Float32[Array, ""]]:
     """`jaxquant.attention.fp8.fp8_units`, to the byte.
 
