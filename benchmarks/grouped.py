@@ -39,9 +39,9 @@ from flax import nnx
 from jax import lax
 
 import jaxquant as jq
-from jaxquant.matmul import grouped, grouped_matmul
+from jaxquant.matmul import Routing, grouped, grouped_matmul
 from jaxquant.models.layers import Stack
-from jaxquant.models.moe import MoE, Routing
+from jaxquant.models.moe import MoE
 
 # Experts, N, K.
 SHAPES = ((128, 1536, 4096), (64, 2816, 2048))

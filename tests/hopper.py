@@ -42,9 +42,9 @@ def h200s(n: int) -> Any:
     from jax.experimental import topologies
 
     from jaxquant.attention import fp8, mosaic_gpu as attention, prefill
-    from jaxquant.matmul import mlp, mosaic_gpu as matmul, weight_quant
+    from jaxquant.matmul import mlp, mosaic_gpu as matmul, routing, weight_quant
 
-    for module in (attention, fp8, prefill, matmul, mlp, weight_quant):
+    for module in (attention, fp8, prefill, matmul, mlp, routing, weight_quant):
         module.multiprocessors = lambda x, what: 132
     spec = (Path(__file__).parent / "matmul" / "h200.txtpb").read_text()
     topology = topologies.get_topology_desc(

@@ -4,70 +4,16 @@ import dataclasses
 import functools
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
-from jaxquant.matmul import SiluMul, matmul
+from jaxquant.matmul import Routed, Routing, SiluMul, matmul, route
 from jaxquant.models.decoder import Decoder
 from jaxquant.models.dense import MLP, Attention, DenseConfig
 from jaxquant.models.fused import FusedRows, StackedExperts
 from jaxquant.models.hf_config import HFConfig
 from jaxquant.models.layers import ExpertLinear, RMSNorm, Stack, unloaded
-
-
-@dataclasses.dataclass(frozen=True)
-class Routing:
-    """How a router chooses the experts of a token, and what each counts.
-
-    Attributes:
-      num_experts: of a layer.
-      top_k: how many are chosen.
-      score: "softmax" or "sigmoid" of the router's logits.
-      normalize: whether the chosen ones' weights are made to add up to 1. After a softmax this is
-        the softmax over the chosen logits alone, as Mixtral has it.
-      scale: by which weights are multiplied then.
-      groups: experts are in so many groups of equal size,
-      top_groups: and are chosen from so many of them.
-      group_top: a group is worth the sum of its so many best experts.
-    """
-
-    num_experts: int
-    top_k: int
-    score: str = "softmax"
-    normalize: bool = True
-    scale: float = 1.0
-    groups: int = 1
-    top_groups: int = 1
-    group_top: int = 1
-
-    def choose(
-        self, logits: Float32[Array, "T E"], bias: Float32[Array, " E"] | None = None
-    ) -> tuple[Float32[Array, "T k"], Int32[Array, "T k"]]:
-        """Weights and numbers of the experts of each token.
-
-        Args:
-          logits: the router's.
-          bias: added to the scores for the choice, not for the weights
-            (https://arxiv.org/abs/2408.15664).
-        """
-        scores = jax.nn.softmax(logits) if self.score == "softmax" else jax.nn.sigmoid(logits)
-        merit = scores if bias is None else scores + bias
-        if self.top_groups < self.groups:
-            merit = jnp.where(self._in_top_groups(merit), merit, -jnp.inf)
-        _, experts = jax.lax.top_k(merit, self.top_k)
-        weights = jnp.take_along_axis(scores, experts, axis=-1)
-        if self.normalize:
-            weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20
-        return weights * self.scale, experts
-
-    def _in_top_groups(self, merit: Float32[Array, "T E"]) -> Array:
-        grouped = merit.reshape(-1, self.groups, self.num_experts // self.groups)
-        worth = jnp.sum(jax.lax.top_k(grouped, self.group_top)[0], axis=-1)
-        _, best = jax.lax.top_k(worth, self.top_groups)
-        chosen = jnp.any(best[:, :, None] == jnp.arange(self.groups), axis=1)
-        return jnp.repeat(chosen, grouped.shape[-1], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,71 +75,23 @@ _MAX_EXPERTS = 10_000
 def apply_experts(
     x: Float[Array, "T K"],
     weights: Float32[Array, "T k"],
-    experts: Int32[Array, "T k"],
-    num_experts: int,
+    rows: Int32[Array, " Tk"],
+    places: Int32[Array, "T k"],
+    sizes: Int32[Array, " E"],
     run: Any,
 ) -> Float[Array, "T K"]:
-    """`y[t] = sum_i weights[t, i] * expert[experts[t, i]](x[t])`, the sum in float32.
+    """`y[t] = sum_i weights[t, i] * run(...)[places[t, i]]`, the sum in float32.
 
     Args:
       x: the tokens.
-      weights: of the chosen experts.
-      experts: their numbers.
-      num_experts: how many there are.
-      run: the experts: x, which of its rows to take, `[T * k]` sorted by expert, where each is
-        then, `[T, k]`, and how many there are of each expert, to rows `[T * k, K]`.
+      weights: of each token's experts.
+      rows: the tokens sorted by expert; with what follows see `jaxquant.matmul.route`.
+      places: where each token's are among them.
+      sizes: how many an expert has.
+      run: the experts: x, rows, places and sizes to their results, sorted alike.
     """
-    rows, places, sizes = sorted_by_expert(experts, num_experts)
     y = run(x, rows, places, sizes)[places].astype(jnp.float32)
     return jnp.sum(weights[..., None] * y, axis=1).astype(x.dtype)
-
-
-def sorted_by_expert(
-    experts: Int32[Array, "T k"], num_experts: int
-) -> tuple[Int32[Array, " Tk"], Int32[Array, "T k"], Int32[Array, " E"]]:
-    """The tokens sorted by expert, where each token's are among them, and how many an expert has.
-
-    A few are compared each with each, which is one or two kernels. More are compared in blocks, and
-    the experts of a block counted, which is faster than a sort.
-    """
-    (T, k), flat = experts.shape, experts.reshape(-1)
-    index = jnp.arange(T * k, dtype=jnp.int32)
-    if T * k > _FEW:
-        places, sizes = _places(flat, num_experts)
-        rows = jnp.zeros_like(index).at[places].set(index // k, unique_indices=True)
-        return rows, places.reshape(T, k), sizes
-    sizes = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-    before = (flat < flat[:, None]) | ((flat == flat[:, None]) & (index < index[:, None]))
-    places = jnp.sum(before, axis=1, dtype=jnp.int32)
-    rows = jnp.sum(jnp.where(places == index[:, None], index // k, 0), axis=1, dtype=jnp.int32)
-    return rows, places.reshape(T, k), sizes
-
-
-# So many squared are compared in the time of a launch or two.
-_FEW = 1024
-# So many are compared each with each where there are more.
-_BLOCK = 256
-
-
-def _places(
-    flat: Int32[Array, " Tk"], num_experts: int
-) -> tuple[Int32[Array, " Tk"], Int32[Array, " E"]]:
-    """Where each would be if they were sorted, and how many there are of each."""
-    blocks = jnp.pad(flat, (0, -flat.size % _BLOCK), constant_values=num_experts)
-    blocks = blocks.reshape(-1, _BLOCK)
-
-    def before(n: int) -> Array:
-        return jnp.tri(n, k=-1, dtype=jnp.int32)
-
-    counts = jnp.sum(blocks[..., None] == jnp.arange(num_experts), axis=1, dtype=jnp.int32)
-    sizes = jnp.sum(counts, axis=0)
-    in_experts_before = jnp.sum(before(num_experts) * sizes, axis=1)
-    in_blocks_before = jnp.sum(before(len(blocks))[..., None] * counts, axis=1)
-    first = in_experts_before + in_blocks_before
-    equal = blocks[:, :, None] == blocks[:, None, :]
-    in_block_before = jnp.sum(before(_BLOCK) * equal, axis=-1)
-    places = jnp.take_along_axis(first, blocks, axis=1, mode="clip") + in_block_before
-    return places.reshape(-1)[: flat.size], sizes
 
 
 class Router(nnx.Module):
@@ -207,13 +105,11 @@ class Router(nnx.Module):
         self.weight = unloaded(L, E, K, dtype=dtype)
         self.e_score_correction_bias = unloaded(L, E, dtype=jnp.float32) if correction else None
 
-    def __call__(
-        self, x: Float[Array, "T K"], l: Any, routing: Routing
-    ) -> tuple[Float32[Array, "T k"], Int32[Array, "T k"]]:
-        """Weights and numbers of the experts of each token."""
+    def __call__(self, x: Float[Array, "T K"], l: Any, routing: Routing) -> Routed:
+        """Where tokens go, and what it counts."""
         weight, bias = self.weight.get_value(), self.e_score_correction_bias
         logits = matmul(x, weight, layer=l, preferred_element_type=jnp.float32)
-        return routing.choose(logits, None if bias is None else bias.get_value()[l])
+        return route(routing, logits, None if bias is None else bias.get_value()[l])
 
 
 class Experts(nnx.Module):
@@ -263,9 +159,8 @@ class MoE(nnx.Module):
     def __call__(self, x: Float[Array, "B T K"], l: Any) -> Float[Array, "B T K"]:
         """Applies the experts of one layer."""
         rows = x.reshape(-1, x.shape[-1])
-        weights, experts = self.gate(rows, l, self.routing)
-        E = self.routing.num_experts
-        y = apply_experts(rows, weights, experts, E, functools.partial(self.experts, l=l))
+        routed = self.gate(rows, l, self.routing)
+        y = apply_experts(rows, *routed, functools.partial(self.experts, l=l))
         return y.reshape(x.shape)
 
 

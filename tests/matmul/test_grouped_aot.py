@@ -11,6 +11,8 @@ pytestmark = needs_plugin
 
 L, E, N, K = 2, 16, 1536, 4096
 ROWS = [1, 8, 128, 512, 4096]
+# Many for each of the experts, and the K of these.
+MANY, MANY_K = 8192, 2048
 # Of tokens that go to 8 experts each: loaded at once, tile by tile, and written to their places.
 TOKENS = [1, 100, 512]
 
@@ -41,7 +43,12 @@ def test_tokens_are_gathered_by_the_kernels(compiled, i):
     assert " gather(" not in text
 
 
-def compile_all() -> list[str]:
+def test_many_tokens_are_multiplied_by_one_kernel(compiled):
+    assert "jaxquant_grouped_fp8" in compiled[-1]
+    assert " while(" not in compiled[-1]
+
+
+def compile_all() -> list[str | None]:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -54,14 +61,18 @@ def compile_all() -> list[str]:
     def shaped(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    w = QuantizedArray(
-        shaped((L, E, N, K), jnp.float8_e4m3fn),
-        shaped((L, E, N // 128, K // 128), jnp.float32),
-        (128, 128),
-        np.dtype(jnp.bfloat16),
-    )
+    def experts(K):
+        return QuantizedArray(
+            shaped((L, E, N, K), jnp.float8_e4m3fn),
+            shaped((L, E, N // 128, K // 128), jnp.float32),
+            (128, 128),
+            np.dtype(jnp.bfloat16),
+        )
 
-    def compile_rows(T):
+    w = experts(K)
+
+    def compile_rows(T, K=K):
+        w = experts(K)
         operands = shaped((T, K), jnp.bfloat16), w, shaped((E,), jnp.int32), shaped((), jnp.int32)
         product = jax.jit(lambda x, w, sizes, layer: grouped_matmul(x, w, sizes, layer=layer))
         return product.lower(*operands).compile().as_text()
@@ -75,7 +86,8 @@ def compile_all() -> list[str]:
 
         return jax.jit(product).lower(*operands, *order).compile().as_text()
 
-    return [compile_rows(T) for T in ROWS] + [compile_tokens(S) for S in TOKENS]
+    rows = [compile_rows(T) for T in ROWS]
+    return [*rows, *(compile_tokens(S) for S in TOKENS), compile_rows(MANY, MANY_K)]
 
 
 if __name__ == "__main__":
