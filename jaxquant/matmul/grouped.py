@@ -215,7 +215,9 @@ def _run(
             sx = sx[:, jnp.pad(rows, (0, -T % SCALE_COLUMNS))]
             rows = None
     if rows is None and grouped_gemm_sm90.takes(T, E, N, K):
-        return grouped_gemm_sm90.grouped_gemm(xq, sx, qvalue, scale, group_sizes, layer, sms=sms)
+        return kept(grouped_gemm_sm90.grouped_gemm)(
+            xq, sx, qvalue, scale, group_sizes, layer, sms=sms
+        )
     config = grouped_sm90.default_config(T, E, N, sms)
     return kept(grouped_sm90.grouped)(
         xq, sx, qvalue, scale, group_sizes, layer, rows, T=T, config=config, sms=sms
