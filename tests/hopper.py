@@ -44,7 +44,8 @@ def h200s(n: int) -> Any:
     from jaxquant.attention import fp8, mosaic_gpu as attention, prefill
     from jaxquant.matmul import mlp, mosaic_gpu as matmul, routing, weight_quant
 
-    for module in (attention, fp8, prefill, matmul, mlp, routing, weight_quant):
+    modules: tuple[Any, ...] = (attention, fp8, prefill, matmul, mlp, routing, weight_quant)
+    for module in modules:
         module.multiprocessors = lambda x, what: 132
     spec = (Path(__file__).parent / "matmul" / "h200.txtpb").read_text()
     topology = topologies.get_topology_desc(
