@@ -3,12 +3,15 @@
 import dataclasses
 import functools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float32, Int32
 
 from jaxquant.hopper import interpreted, multiprocessors
+from jaxquant.matmul.kernel_cache import kept
 
 _logger = logging.getLogger(__name__)
 
@@ -119,9 +122,16 @@ def _by_kernel(routing: Routing, logits: Array, bias: Array | None) -> Routed:
     if not routing_sm90.takes(E, k):
         raise NotImplementedError(f"mosaic_gpu: the kernel chooses no {k} of {E} experts")
     options = routing_sm90.Options(k, routing.score == "softmax", routing.normalize, routing.scale)
-    if routing_sm90.sorts(T, k):
-        return routing_sm90.route(logits, bias, options)
-    weights, experts = routing_sm90.choose(logits, bias, options)
+    sorts = routing_sm90.sorts(T, k)
+    kernel: Any = kept(routing_sm90.route if sorts else routing_sm90.choose)
+
+    @sequential_vmap
+    def run(logits, bias):
+        return kernel(logits, bias, options)
+
+    if sorts:
+        return run(logits, bias)
+    weights, experts = run(logits, bias)
     return weights, *sorted_by_expert(experts, E)
 
 

@@ -31,6 +31,10 @@ def test_a_kernel_chooses(compiled, i):
     assert "topk" not in compiled[i].lower()
 
 
+def test_vmap_runs_it_for_each(compiled):
+    assert "jaxquant_route" in compiled[-1]
+
+
 def compile_all() -> list[str | None]:
     import jax
     import jax.numpy as jnp
@@ -47,7 +51,12 @@ def compile_all() -> list[str | None]:
         bias = jax.ShapeDtypeStruct((E,), jnp.float32, sharding=sharding) if biased else None
         return jax.jit(run).lower(logits, bias).compile().as_text()
 
-    return [compile_case(*case) for case in CASES]
+    def compile_batch():
+        logits = jax.ShapeDtypeStruct((3, 16, 128), jnp.float32, sharding=sharding)
+        run = jax.vmap(lambda logits: route(Routing(128, 8), logits))
+        return jax.jit(run).lower(logits).compile().as_text()
+
+    return [*(compile_case(*case) for case in CASES), compile_batch()]
 
 
 if __name__ == "__main__":
