@@ -189,7 +189,7 @@ def _run(
 ) -> Float[Array, "T N"]:
     """Quantizes x and multiplies."""
     # Imported here: Mosaic GPU is there only where jaxlib was built with it.
-    from jaxquant.matmul import grouped_gemm_sm90, grouped_sm90
+    from jaxquant.matmul import grouped_sm90
     from jaxquant.matmul.act_quant_sm90 import SCALE_COLUMNS, in_tiles, quantize, quantize_tokens
     from jaxquant.matmul.sm90 import in_stack, round_up
 
@@ -214,10 +214,6 @@ def _run(
             xq = _take_bytes(xq, jnp.pad(rows, (0, -T % 8)))
             sx = sx[:, jnp.pad(rows, (0, -T % SCALE_COLUMNS))]
             rows = None
-    if rows is None and grouped_gemm_sm90.takes(T, E, N, K):
-        return kept(grouped_gemm_sm90.grouped_gemm)(
-            xq, sx, qvalue, scale, group_sizes, layer, sms=sms
-        )
     config = grouped_sm90.default_config(T, E, N, sms)
     return kept(grouped_sm90.grouped)(
         xq, sx, qvalue, scale, group_sizes, layer, rows, T=T, config=config, sms=sms

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jaxquant.hopper import interpreted
 from jaxquant.matmul import gather_sm90 as gather, gemm_wgmma_sm90 as tensor_cores
-from jaxquant.matmul.groups_sm90 import ALIGNMENT, Groups
+from jaxquant.matmul.scan_sm90 import running_sums
 from jaxquant.matmul.sm90 import (
     FP8,
     K_BLOCK,
@@ -49,6 +49,8 @@ _MAX_STAGES = 12
 # takes 451 us for 4096 tokens and 128 experts of 1536 x 4096, this 433.
 _WIDE_N = 256
 _WIDE_TOKENS = 96
+# Tiles begin at multiples of so many tokens: TMA counts in whole tiles of SMEM.
+_ALIGNMENT = 8
 # So many numbers of rows are loaded as the kernel begins, more of them tile by tile.
 _ROWS_AT_ONCE = 512
 
@@ -94,11 +96,11 @@ def default_config(T: int, E: int, N: int, sms: int) -> Config:
         widths = (64, 96, 112, 120, 128, 136, 144)
     else:
         # What most groups are cut into, its neighbours, and what is left of odd ones.
-        cuts = cdiv(round(mean) + ALIGNMENT - 1, _WIDE_TOKENS)
-        usual = round_up(cdiv(round(mean) + ALIGNMENT // 2, cuts), ALIGNMENT)
+        cuts = cdiv(round(mean) + _ALIGNMENT - 1, _WIDE_TOKENS)
+        usual = round_up(cdiv(round(mean) + _ALIGNMENT // 2, cuts), _ALIGNMENT)
         near = (w for w in (usual - 8, usual, usual + 8) if w < _WIDE_TOKENS)
         return Config(tuple(sorted({64, *near, _WIDE_TOKENS})), _WIDE_N)
-    widths = tuple(sorted({min(w, round_up(T, ALIGNMENT)) for w in widths}))
+    widths = tuple(sorted({min(w, round_up(T, _ALIGNMENT)) for w in widths}))
     hit = max(1, round(E * (1 - (1 - 1 / E) ** T)))
 
     def busiest(tile_n: int) -> int:
@@ -166,15 +168,40 @@ def grouped(
         rows_gmem, refs = (refs[0], refs[1:]) if gathers else (None, refs)
         y_gmem, x_smem, w_smem, sx_smem, y_smem, *refs = refs
         table, found, rows_smem, landed, full, empty, tabled = refs
+        last_row, last_tile = table.at[0], table.at[1]
         warpgroup = lax.axis_index("warpgroup")
         base = in_stack(layer_gmem[0], matrices // E) * E
-        groups = Groups(table, T, most, ALIGNMENT, n_tiles)
+
+        def tiles_of(size):
+            """Tiles along the tokens of a group, wherever it begins."""
+            return jnp.where(size > 0, lax.div(size + (_ALIGNMENT - 1 + most - 1), most), 0)
+
+        def all_tiles():
+            """How many there are, those of the tokens beyond all groups included."""
+            return (last_tile[E - 1] + tiles_of(T - last_row[E - 1])) * n_tiles
 
         def find(tile):
             """A tile's group, first row of the weight, first token, and tokens from and to."""
-            group, column, *rows = groups.find(tile)
-            # The last rows are in two tiles if that makes them a whole one.
-            return group, jnp.minimum(column * tile_n, N - tile_n), *rows
+            group = jnp.int32(0)
+            for bit in reversed(range(E.bit_length())):
+                further = group + (1 << bit)
+                before = last_tile[jnp.minimum(further, E) - 1] * n_tiles <= tile
+                group = jnp.where((further <= E) & before, further, group)
+            previous = jnp.maximum(group - 1, 0)
+            start = jnp.where(group == 0, 0, last_row[previous])
+            stop = jnp.where(group == E, T, jnp.minimum(last_row[jnp.minimum(group, E - 1)], T))
+            index = tile - jnp.where(group == 0, 0, last_tile[previous]) * n_tiles
+            offset = lax.rem(start, _ALIGNMENT)
+            count = jnp.maximum(tiles_of(stop - start), 1)
+            width = lax.div(offset + stop - start + count - 1, count)
+            width = lax.div(width + _ALIGNMENT - 1, _ALIGNMENT) * _ALIGNMENT
+            # Tiles of the same rows of the weight are neighbours, so that L2 has these. The last
+            # rows are in two tiles if that makes them a whole one.
+            n0 = jnp.minimum(lax.div(index, count) * tile_n, N - tile_n)
+            begin = start - offset + lax.rem(index, count) * width
+            low = jnp.maximum(start - begin, 0)
+            high = jnp.maximum(jnp.minimum(stop - begin, width), low)
+            return group, n0, begin, low, high
 
         def choose(high):
             """Which of the widths a tile has."""
@@ -193,7 +220,7 @@ def grouped(
                 gather.init(landed, stages)
             if all_rows:
                 gather.start_rows(rows_gmem, rows_smem)
-            groups.count(sizes_gmem)
+            running_sums(sizes_gmem, table, most, _ALIGNMENT - 1)
             if all_rows:
                 gather.wait_for_rows()
             plgpu.commit_smem()
@@ -212,7 +239,7 @@ def grouped(
                     @pl.when(choice == i)
                     def _copy(width=width):
                         plgpu.copy_gmem_to_smem(
-                            x_gmem.at[pl.ds(pl.multiple_of(begin, ALIGNMENT), width), block],
+                            x_gmem.at[pl.ds(pl.multiple_of(begin, _ALIGNMENT), width), block],
                             x_smem.at[slot, pl.ds(0, width)],
                             full.at[slot],
                         )
@@ -243,7 +270,7 @@ def grouped(
 
                 plgpu.barrier_arrive(full.at[slot])
 
-            fill_ring(groups.tiles(), steps, stages, empty, copy, _fence, find)
+            fill_ring(all_tiles(), steps, stages, empty, copy, _fence, find)
 
         @pl.when(warpgroup < _CONSUMERS)
         def _consumer():
@@ -367,7 +394,7 @@ def grouped(
                 column = n0 + n_offset + wave * _WGMMA_ROWS
                 store_transposed(total, y_smem.at[warpgroup], y_gmem, begin, column, low, high)
 
-            tiles = groups.tiles()
+            tiles = all_tiles()
 
             def do_tile(index, carry):
                 place, tile, scales = carry

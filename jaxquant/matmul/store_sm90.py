@@ -28,7 +28,6 @@ from jaxquant.matmul.ptx_sm90 import (
     pointer,
     scalars,
 )
-from jaxquant.matmul.sm90 import swizzled
 
 # Columns that are in SMEM at a time.
 STAGED = 64
@@ -112,53 +111,3 @@ def store_transposed(
         emit(lines, [pointer(y), address(staging), *scalars(*bounds), *floats])
 
     run(value, staging, y, token, column, low, high)  # pyright: ignore[reportCallIssue]
-
-
-def store_rows(staged: Any, y: Any, row: Any, column: Any, low: Any, high: Any) -> None:
-    """`y[row + i, column : column + n] = staged[i]` for low <= i < high, by a warpgroup.
-
-    Args:
-      staged: bfloat16 `[64, n]`, SMEM, `swizzled` in tiles of 64 columns, which the warpgroup has
-        stored and committed, and may overwrite when this is through.
-      y: bfloat16 `[T, N]`, GMEM; N a multiple of 8.
-      row: of y.
-      column: a multiple of 8.
-      low: where to begin; possibly less than 0.
-      high: where to end; possibly more than 64.
-    """
-    rows, n = staged.shape
-    N = y.shape[1]
-    if interpreted():
-
-        def store_row(i, _):
-            y[row + i, pl.ds(column, n)] = staged[i]
-
-        lax.fori_loop(jnp.maximum(low, 0), jnp.minimum(high, rows), store_row, None)
-        return
-    tile = plgpu.RefType(swizzled(N, jnp.bfloat16))
-    across = n * 2 // _BYTES  # pieces of a row, one of which a thread copies
-    at_once = THREADS // across
-
-    @plgpu.inline_mgpu(arg_types=(tile, REF, *[SCALAR] * 4))
-    def run(_, staged, y, *bounds):
-        lines = [
-            ".reg .pred mine; .reg .b32 t, c, i, l, at, from, id; .reg .b64 to; .reg .b32 v<4>;",
-            f"{THREAD} {BARRIER} and.b32 c, t, {across - 1}; div.u32 i, t, {across};",
-            # Tiles of 8 rows of 8 pieces, of which piece c of row i is at c ^ i.
-            "xor.b32 from, c, i; and.b32 from, from, 7; shl.b32 from, from, 4;",
-            "and.b32 l, i, 7; mad.lo.u32 from, l, 128, from;",
-            f"shr.u32 l, i, 3; mad.lo.u32 from, l, {across * 128}, from;",
-            "shr.u32 l, c, 3; mad.lo.u32 from, l, 1024, from; add.u32 from, from, $0;",
-            f"add.s32 l, i, $2; mul.wide.s32 to, l, {N * 2}; add.s64 to, to, $1;",
-            f"mad.lo.s32 c, c, {_BYTES // 2}, $3; mad.wide.s32 to, c, 2, to;",
-        ]
-        for j in range(0, rows, at_once):
-            lines += [
-                f"add.s32 l, i, {j}; setp.ge.s32 mine, l, $4; setp.lt.and.s32 mine, l, $5, mine;",
-                f"@mine ld.shared.v4.b32 {{v0, v1, v2, v3}}, [from+{j * across * _BYTES}];",
-                f"@mine st.global.v4.b32 [to+{j * N * 2}], {{v0, v1, v2, v3}};",
-            ]
-        lines.append(MEET)
-        emit(lines, [address(staged), pointer(y), *scalars(*bounds)])
-
-    run(staged, y, row, column, low, high)  # pyright: ignore[reportCallIssue]
