@@ -13,6 +13,11 @@ from jaxquant.models.registry import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FOLDERS = [
+    str(path.relative_to(ROOT))
+    for path in sorted(ROOT.glob("jaxquant/*/README.md"))
+    if len(list(path.parent.glob("*.py"))) > 1
+]
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -72,9 +77,17 @@ def test_every_family_is_listed():
     assert set(re.findall(r"`(\w+ForCausalLM)`", table)) == set(ARCHITECTURES)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "jaxquant/checkpoint/README.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", *FOLDERS])
 def test_links_lead_somewhere(name):
     file = ROOT / name
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", file.read_text(encoding="utf-8"))
     assert links
     assert [link for link in links if not (file.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_says_what_each_module_is_for(name):
+    file = ROOT / name
+    modules = {path.name for path in file.parent.glob("*.py")} - {"__init__.py"}
+    linked = re.findall(r"\]\((\w+\.py)\)", file.read_text(encoding="utf-8"))
+    assert sorted(linked) == sorted(modules)
