@@ -309,14 +309,14 @@ def test_prompts_that_cannot_be_continued(model, prompts, message, unchecked):
 
 def test_an_fp8_cache(model, monkeypatch):
     dtypes = []
-    empty_cache = type(model.module).empty_cache
+    prefill = generation._prefill
 
-    def spy(*args, **options):
-        cache = empty_cache(*args, **options)
-        dtypes.append(jax.tree.leaves(cache)[0].dtype)
-        return cache
+    def spy(*args):
+        state = prefill(*args)
+        dtypes.append(jax.tree.leaves(state.cache)[0].dtype)
+        return state
 
-    monkeypatch.setattr(type(model.module), "empty_cache", spy)
+    monkeypatch.setattr(generation, "_prefill", spy)
     options = {"max_new_tokens": 8, "stop_tokens": ()}
     expected = model.generate([PROMPT], **options)
     (new,) = model.generate([PROMPT], **options, cache_dtype="float8_e4m3fn")
