@@ -52,3 +52,37 @@ def h200s(n: int) -> Any:
         platform="cuda", target_config=spec, topology=f"1x1x{n}"
     )
     return topologies.make_mesh(topology, (n,), ("x",))
+
+
+def llama(H: int, F: int, layers: int, heads: tuple[int, int, int], vocab: int, slots: int) -> Any:
+    """The family of a Llama: hidden and MLP size, layers, (heads, key/value heads, their dims)."""
+    from jaxquant.models.hf_config import HFConfig
+    from jaxquant.models.registry import Family
+
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    sizes = {
+        "hidden_size": H,
+        "intermediate_size": F,
+        "num_hidden_layers": layers,
+        **dict(zip(names, heads, strict=True)),
+        "vocab_size": vocab,
+        "max_position_embeddings": slots,
+    }
+    return Family(HFConfig({"architectures": ["LlamaForCausalLM"], **sizes}))
+
+
+def quantized(leaf: Any, shaped: Any) -> Any:
+    """A weight `[..., N, K]` in blocked FP8, of the arrays that `shaped(shape, dtype)` gives."""
+    import jax.numpy as jnp
+
+    import jaxquant as jq
+    from jaxquant.blocked import grid_shape
+
+    config = jq.QuantConfig()
+    *lead, N, K = leaf.shape
+    return jq.QuantizedArray(
+        shaped(leaf.shape, config.fmt_dtype),
+        shaped((*lead, *grid_shape((N, K), config.weight_block_size)), jnp.float32),
+        block_size=config.weight_block_size,
+        dtype=jnp.dtype(leaf.dtype),
+    )

@@ -86,6 +86,10 @@ def route(
       routing: how to choose.
       logits: the router's.
       bias: see `Routing.choose`.
+
+    Returns:
+      The weights of each token's experts, `[T, k]` float32; the tokens sorted by expert, `[T * k]`;
+      where each token's are among them, `[T, k]`; how many an expert has, `[E]`: int32.
     """
     try:
         return _by_kernel(routing, logits, bias)

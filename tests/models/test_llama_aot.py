@@ -5,7 +5,7 @@ import math
 import re
 
 import pytest
-from hopper import h200, needs_plugin, run_apart
+from hopper import h200, llama, needs_plugin, quantized, run_apart
 
 pytestmark = needs_plugin
 
@@ -94,32 +94,13 @@ def compile_all() -> dict[str, str]:
     import jax
     import jax.numpy as jnp
 
-    import jaxquant as jq
-    from jaxquant.array import QuantizedArray
-    from jaxquant.blocked import grid_shape
     from jaxquant.models import decoder
     from jaxquant.models.attention import Cache
-    from jaxquant.models.hf_config import HFConfig
     from jaxquant.models.layers import Stack
-    from jaxquant.models.registry import Family
 
     sharding = h200()
-    config = jq.QuantConfig()
-    family = Family(
-        HFConfig(
-            {
-                "architectures": ["LlamaForCausalLM"],
-                "hidden_size": HIDDEN,
-                "intermediate_size": WIDE,
-                "num_hidden_layers": LAYERS,
-                "num_attention_heads": HEADS,
-                "num_key_value_heads": KV_HEADS,
-                "head_dim": HEAD_DIM,
-                "vocab_size": VOCAB,
-                "max_position_embeddings": SLOTS,
-            }
-        )
-    )
+    heads = HEADS, KV_HEADS, HEAD_DIM
+    family = llama(HIDDEN, WIDE, LAYERS, heads, VOCAB, SLOTS)
 
     def shaped(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -127,14 +108,7 @@ def compile_all() -> dict[str, str]:
     def parameter(path, leaf):
         if not re.search("_proj|lm_head", jax.tree_util.keystr(path)):
             return shaped(leaf.shape, leaf.dtype)
-        *lead, N, K = leaf.shape
-        grid = grid_shape((N, K), config.weight_block_size)
-        return QuantizedArray(
-            shaped(leaf.shape, config.fmt_dtype),
-            shaped((*lead, *grid), jnp.float32),
-            block_size=config.weight_block_size,
-            dtype=jnp.dtype(leaf.dtype),
-        )
+        return quantized(leaf, shaped)
 
     model = family.abstract_model(jnp.bfloat16, [Stack(range(LAYERS), row_alignment=128)])
     model = jax.tree_util.tree_map_with_path(parameter, model)

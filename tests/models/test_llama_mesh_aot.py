@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from hopper import h200s, needs_plugin, run_apart
+from hopper import h200s, llama, needs_plugin, quantized, run_apart
 
 pytestmark = needs_plugin
 
@@ -65,29 +65,11 @@ def compile_all() -> dict[str, str | None]:
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
-    import jaxquant as jq
-    from jaxquant.array import QuantizedArray
-    from jaxquant.blocked import grid_shape
-    from jaxquant.models.hf_config import HFConfig
     from jaxquant.models.layers import Stack
-    from jaxquant.models.registry import Family
 
-    mesh, config = h200s(DEVICES), jq.QuantConfig()
-    family = Family(
-        HFConfig(
-            {
-                "architectures": ["LlamaForCausalLM"],
-                "hidden_size": HIDDEN,
-                "intermediate_size": WIDE,
-                "num_hidden_layers": LAYERS,
-                "num_attention_heads": HEADS,
-                "num_key_value_heads": KV_HEADS,
-                "head_dim": HEAD_DIM,
-                "vocab_size": VOCAB,
-                "max_position_embeddings": SLOTS,
-            }
-        )
-    )
+    mesh = h200s(DEVICES)
+    heads = HEADS, KV_HEADS, HEAD_DIM
+    family = llama(HIDDEN, WIDE, LAYERS, heads, VOCAB, SLOTS)
 
     def shaped(shape, dtype, *spec):
         return jax.ShapeDtypeStruct(
@@ -100,15 +82,8 @@ def compile_all() -> dict[str, str | None]:
             return shaped(
                 leaf.shape, leaf.dtype, *(["x"] if leaf.ndim == 2 and "norm" not in name else [])
             )
-        *lead, N, K = leaf.shape
-        grid = grid_shape((N, K), config.weight_block_size)
         spec = (None, None, "x") if re.search("o_proj|down_proj", name) else (None, "x")
-        return QuantizedArray(
-            shaped(leaf.shape, config.fmt_dtype, *spec),
-            shaped((*lead, *grid), jnp.float32, *spec),
-            block_size=config.weight_block_size,
-            dtype=jnp.dtype(leaf.dtype),
-        )
+        return quantized(leaf, lambda shape, dtype: shaped(shape, dtype, *spec))
 
     stack = Stack(range(LAYERS), row_alignment=128, groups=DEVICES)
     model = family.abstract_model(jnp.bfloat16, [stack])
