@@ -12,7 +12,7 @@ GPU_EXTRA := $(if $(CUDA),$(if $(filter 12,$(CUDA)),$(comma)cuda12,$(comma)cuda1
 VENV := .venv
 PIP_FLAGS := --quiet --disable-pip-version-check
 
-.PHONY: demo test lint types notebooks test-lowest test-kernels test-models clean help
+.PHONY: demo test lint types notebooks test-lowest test-kernels test-gpu test-models clean help
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -41,6 +41,9 @@ test-lowest: $(VENV)/lowest/.done ## run the core tests with the lowest allowed 
 
 test-kernels: $(VENV)/kernels/.done ## compile the GPU kernels for an H200; needs no GPU
 	@$(VENV)/kernels/bin/python -m pytest tests/*/test_*aot.py tests/transform/test_hlo.py
+
+test-gpu: $(VENV)/test/.done ## run the kernels' tests on this machine's Hopper GPU
+	@JAXQUANT_TEST_GPU=1 $(VENV)/test/bin/python -m pytest tests/matmul tests/attention
 
 test-models: $(VENV)/models/.done ## run transformers that other people wrote, in FP8
 	@$(VENV)/models/bin/python -m pytest tests/transform/test_third_party.py

@@ -1,9 +1,17 @@
-"""What all tests share: types checked at run time, several CPU devices, one hypothesis profile."""
+"""What all tests share: types checked at run time, several CPU devices, one hypothesis profile.
+
+They run on a CPU, wherever they are. With JAXQUANT_TEST_GPU=1, those that have kernels run
+(`hopper`) run on this machine's Hopper GPU instead, and no others.
+"""
 
 import os
 from pathlib import Path
 
 import jaxtyping
+from hopper import ON_GPU
+
+if not ON_GPU:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # of other processes, too
 
 # Signatures that say shapes are checked, in tests only. The hook acts on imports, so it stands
 # before the first one of the package; the modules are found by their text for the same reason.
@@ -28,6 +36,23 @@ hypothesis.settings.register_profile(
     "ci", deadline=None, max_examples=25, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_collection_modifyitems(config, items):
+    gpu = [item for item in items if "hopper" in item.fixturenames]
+    ours = gpu if ON_GPU else [item for item in items if not item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in ours])
+    items[:] = ours
+
+
+def pytest_sessionstart():
+    if ON_GPU:
+        from jaxquant.hopper import multiprocessors
+
+        try:
+            multiprocessors(jax.numpy.zeros(()), "tests")
+        except NotImplementedError as reason:
+            pytest.exit(f"JAXQUANT_TEST_GPU is 1: {reason}", returncode=4)
 
 
 @pytest.fixture

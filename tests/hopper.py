@@ -1,14 +1,18 @@
-"""Compiles for an H200 on a machine that has no GPU.
+"""Hopper kernels in tests: on a GPU, or on a machine that has none.
 
-Needs jax's CUDA plugin of jax's own version, and nothing of CUDA besides:
-`pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt`. `h200.txtpb` is what XLA's
-`specs/h200.txtpb` says of the GPU.
+Without a GPU, Pallas's interpreter runs them on a CPU; with JAXQUANT_TEST_GPU=1, this machine's GPU
+does, in the same tests. And they are compiled for an H200 wherever jax's CUDA plugin is, of jax's
+own version, with nothing of CUDA besides: `pip install --no-deps jax-cuda13-plugin
+jax-cuda13-pjrt`. `h200.txtpb` is what XLA's `specs/h200.txtpb` says of the GPU.
 """
 
+import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,32 @@ import pytest
 needs_plugin = pytest.mark.skipif(
     not find_spec("jax_cuda13_plugin"), reason="needs jax-cuda13-plugin, to compile for a GPU"
 )
+
+ON_GPU = os.environ.get("JAXQUANT_TEST_GPU") == "1"
+# Of results in float32, what sums cost: those of the tensor cores keep fewer bits than float32.
+FLOAT32 = 3e-4 if ON_GPU else 1e-6
+
+
+@contextlib.contextmanager
+def on_hopper(
+    monkeypatch: pytest.MonkeyPatch, *modules: Any, sms: int = 2, **params: Any
+) -> Iterator:
+    """Kernels run: on the GPU if tests are to, else by Pallas's interpreter.
+
+    For that, a CPU stands in for a Hopper GPU where these modules ask, with so few multiprocessors
+    that a thread block goes through several tiles. What lies outside an array reads as zeros, as on
+    a GPU, but for what InterpretGPUParams say otherwise.
+    """
+    if ON_GPU:
+        yield
+        return
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    for module in modules:
+        monkeypatch.setattr(module, "multiprocessors", lambda x, what: sms)
+    zeros = {"out_of_bounds_reads": "uninitialized", "uninitialized_memory": "zero"}
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**(zeros | params))):
+        yield
 
 
 def run_apart(file: str) -> Any:
@@ -52,6 +82,14 @@ def h200s(n: int) -> Any:
         platform="cuda", target_config=spec, topology=f"1x1x{n}"
     )
     return topologies.make_mesh(topology, (n,), ("x",))
+
+
+def in_place_in_fusions(hlo: str) -> list[str]:
+    """Fusions of a compiled program that have a kernel in them which writes in place."""
+    fusions = set(re.findall(r" fusion\(.*calls=%([\w.\-]+)", hlo))
+    computations = re.findall(r"^%([\w.\-]+) (.*?)^}", hlo, re.MULTILINE | re.DOTALL)
+    assert "output_to_operand_aliasing={{" in hlo
+    return [name for name, text in computations if name in fusions and "operand_aliasing" in text]
 
 
 def llama(H: int, F: int, layers: int, heads: tuple[int, int, int], vocab: int, slots: int) -> Any:

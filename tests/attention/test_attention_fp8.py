@@ -13,16 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_reference import causal, relative_error
+from hopper import ON_GPU, on_hopper
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxquant.attention import fp8
 from jaxquant.attention.cache import FP8
 from jaxquant.models.attention import Cache, Forward, Prefill, of_heads
 from jaxquant.models.layers import Rope
 
-PARAMS = plgpu.InterpretGPUParams(uninitialized_memory="nan", detect_races=True)
 # That of a single e4m3 operand is 2.6%; these are queries, keys, values, weights and the result.
 TOLERANCE = 7e-2
 
@@ -76,33 +75,42 @@ def test_it_is_the_definition_of_the_documentation():
     np.testing.assert_array_equal(np.asarray(attend(q, k, v), float)[0, :, 0], expected)
 
 
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    with on_hopper(monkeypatch, fp8, uninitialized_memory="nan", detect_races=True):
+        yield
+
+
+def units_by_xla(monkeypatch, *operands: Any) -> fp8.Units:
+    def refuse(*_):
+        raise NotImplementedError
+
+    with monkeypatch.context() as m:
+        m.setattr(fp8, "_units_by_kernel", refuse)
+        return fp8.fp8_units(*operands)
+
+
 @pytest.mark.parametrize(
     ("B", "T", "Hq", "H", "D", "stretch"),
     [(2, 128, 9, 3, 64, 1.0), (3, 128, 3, 1, 128, 1.3), (1, 128, 2, 2, 256, 1.0)],
 )
-def test_the_kernel_finds_the_units(monkeypatch, B, T, Hq, H, D, stretch):
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+def test_the_kernel_finds_the_units(hopper, monkeypatch, B, T, Hq, H, D, stretch):
     rng, heads = np.random.default_rng(0), (Hq, H, H)
     qkv = [rng.standard_normal((B, T, n, D)) * 10.0**-n for n in heads]
     for t, place in ((0, 0), (77, 1), (T - 1, -1)):  # wherever the largest is
         for x in qkv:
             x[-1, t, place % x.shape[2], place] = -10 * np.abs(x).max()
         q, k, v = (jnp.asarray(x, "bfloat16") for x in qkv)
-        expected = fp8.fp8_units(q, k, v, stretch)
-        with monkeypatch.context() as m, plgpu.force_gpu_interpret_mode(PARAMS):
-            m.setattr(fp8, "multiprocessors", lambda q, what: 2)
-            units = fp8._units_by_kernel(q, k, v, stretch)
-        np.testing.assert_array_equal(units, expected)
-    assert not gpu_callbacks.get_races().races_found
+        units = fp8._units_by_kernel(q, k, v, stretch)
+        np.testing.assert_array_equal(units, units_by_xla(monkeypatch, q, k, v, stretch))
+    assert ON_GPU or not gpu_callbacks.get_races().races_found
 
 
-def test_units_of_zeros_by_the_kernel(monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+def test_units_of_zeros_by_the_kernel(hopper, monkeypatch):
     x = jnp.zeros((1, 128, 1, 64), jnp.bfloat16)
-    expected = fp8.fp8_units(x, x, x)
-    monkeypatch.setattr(fp8, "multiprocessors", lambda q, what: 2)
-    with plgpu.force_gpu_interpret_mode(PARAMS):
-        np.testing.assert_array_equal(fp8._units_by_kernel(x, x, x, 1.0), expected)
+    expected = units_by_xla(monkeypatch, x, x, x)
+    np.testing.assert_array_equal(fp8._units_by_kernel(x, x, x, 1.0), expected)
 
 
 @pytest.mark.parametrize("factor", [2.0**-60, 2.0**60])
@@ -198,14 +206,14 @@ def stand_in(
 
 
 @pytest.fixture
-def hopper(monkeypatch):
+def with_cudnn(monkeypatch):
     """A CPU that stands in for a Hopper GPU with cuDNN."""
     monkeypatch.setattr(fp8, "multiprocessors", lambda q, what: 2)
     monkeypatch.setattr(cudnn, "dot_product_attention", stand_in)
 
 
 @pytest.mark.parametrize("shape", [(1, 256, 2, 4, 128), (2, 200, 3, 1, 64), (1, 1, 1, 3, 64)])
-def test_cudnn_computes_the_same(hopper, monkeypatch, shape):
+def test_cudnn_computes_the_same(with_cudnn, monkeypatch, shape):
     q, k, v = operands(*shape)
     reference = []
     xla = fp8._xla
@@ -237,7 +245,7 @@ def test_cudnn_is_what_jax_calls(monkeypatch):
         ((1, 8, 1, 2, 64), {"softcap": 50.0}, "softcap is 50.0; its FP8 attention takes none"),
     ],
 )
-def test_what_cudnn_does_not_take_runs_through_xla(hopper, caplog, shape, options, message):
+def test_what_cudnn_does_not_take_runs_through_xla(with_cudnn, caplog, shape, options, message):
     q, k, v = (jnp.ones(x.shape, x.dtype) for x in operands(*shape))
     with caplog.at_level(logging.DEBUG, "jaxquant"):
         y = attend(q, k, v, **options)
@@ -248,7 +256,7 @@ def test_what_cudnn_does_not_take_runs_through_xla(hopper, caplog, shape, option
 @pytest.mark.parametrize(
     "changed", [lambda *operands: None, lambda *operands, use_fp8: None], ids=["gone", "renamed"]
 )
-def test_another_jax_is_named_as_the_reason(hopper, monkeypatch, caplog, changed):
+def test_another_jax_is_named_as_the_reason(with_cudnn, monkeypatch, caplog, changed):
     monkeypatch.setattr(cudnn, "dot_product_attention", changed)
     with caplog.at_level(logging.DEBUG, "jaxquant"):
         attend(*operands(1, 8, 1, 1, 64))

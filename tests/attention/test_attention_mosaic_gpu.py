@@ -21,9 +21,9 @@ from attention_reference import (
     fp8_cache_and_token,
     relative_error,
 )
+from hopper import on_hopper
 from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxquant.attention import (
     append_and_attend,
@@ -42,12 +42,7 @@ TOLERANCE = 3e-3
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """A CPU that stands in for a Hopper GPU. What lies outside an array reads as zeros there."""
-    monkeypatch.setattr(mosaic_gpu, "multiprocessors", lambda q, what: 2)
-    params = plgpu.InterpretGPUParams(
-        out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
-    )
-    with plgpu.force_gpu_interpret_mode(params):
+    with on_hopper(monkeypatch, mosaic_gpu):
         yield
 
 
@@ -291,6 +286,33 @@ def test_vmap_of_an_append(hopper):
     assert all(same_bytes(*pair) for pair in zip((y, new_k, new_v), expected, strict=True))
 
 
+@pytest.mark.parametrize("make", [cache_and_token, fp8_cache_and_token])
+def test_a_scan_over_each_layers_cache(hopper, make):
+    qkv, k, v, lengths, rotation = make(2, 2, 2, 128, 128, dtype="bfloat16", L=3)
+    qkvs = jnp.stack([qkv, -qkv, 2 * qkv])
+
+    @jax.jit
+    def scan(*layers):
+        def step(_, layer):
+            qkv, *cache = layer
+            k, v = jax.tree.map(lambda a: a[None], cache)
+            return None, append_and_attend(
+                qkv, k, v, 0, lengths, rotation, implementation="mosaic_gpu"
+            )
+
+        return lax.scan(step, None, layers)[1]
+
+    y, *cache = scan(qkvs, k, v)
+    cache = jax.tree.map(lambda a: a[:, 0], cache)
+    for l, of_layer in enumerate(qkvs):
+        expected, k, v = append_and_attend(
+            of_layer, k, v, l, lengths, rotation, implementation="mosaic_gpu"
+        )
+        assert same_bytes(y[l], expected)
+    for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves([k, v]), strict=True):
+        assert same_bytes(a, b)
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
@@ -476,7 +498,7 @@ def test_every_default_for_fp8_fits_into_smem(D, G, heads, S):
         (True, Config(128, 2, 1, 2)),
     ],
 )
-def test_no_two_threads_race(fp8, config):
+def test_no_two_threads_race(monkeypatch, fp8, config):
     cache_and_qkv = fp8_cache_and_token if fp8 else cache_and_token
     # The new token's slot is in no tile. In one, it is masked, whatever a copy finds there.
     qkv, k, v, lengths, rotation = cache_and_qkv(
@@ -484,10 +506,7 @@ def test_no_two_threads_race(fp8, config):
     )
     kernel = decode_fp8_sm90 if fp8 else decode_sm90
     options: Any = {"window": None, "scale": 0.1, "softcap": None, "config": config}
-    params = plgpu.InterpretGPUParams(
-        out_of_bounds_reads="uninitialized", uninitialized_memory="zero", detect_races=True
-    )
-    with plgpu.force_gpu_interpret_mode(params):
+    with on_hopper(monkeypatch, detect_races=True):
         y, *_ = kernel.append_and_attend(qkv, k, v, jnp.array([1]), lengths, rotation, **options)
         found = gpu_callbacks.get_races().races_found
     assert np.isfinite(np.asarray(y, np.float64)).all()

@@ -6,8 +6,8 @@ the new token into the copy itself.
 
 import pytest
 from attention_reference import cache_and_query, definition, relative_error
+from hopper import on_hopper
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxquant.attention import decode_attention, mosaic_gpu
 
@@ -17,12 +17,8 @@ from jaxquant.attention import decode_attention, mosaic_gpu
     [(2, 2, 4, [71, 400]), (1, 1, 12, [333])],  # a thread block for a head, or a cluster
 )
 def test_attending(monkeypatch, B, H, G, lengths):
-    monkeypatch.setattr(mosaic_gpu, "multiprocessors", lambda q, what: 2)
     q, k, v, lengths = cache_and_query(B, H, G, 400, 128, "bfloat16", lengths=lengths)
-    params = plgpu.InterpretGPUParams(
-        detect_races=True, out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
-    )
-    with plgpu.force_gpu_interpret_mode(params):
+    with on_hopper(monkeypatch, mosaic_gpu, detect_races=True):
         y = decode_attention(q, k, v, 1, lengths, implementation="mosaic_gpu")
         found = gpu_callbacks.get_races().races_found
     assert relative_error(y, definition(q, k, v, 1, lengths)) < 3e-3

@@ -12,22 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper import on_hopper
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxquant.attention import fp8, heads, prefill, rotate_and_fill
 from jaxquant.attention.cache import FP8, empty, fill
 from jaxquant.attention.xla import rotate_halves
 
-PARAMS: Any = {"out_of_bounds_reads": "uninitialized", "uninitialized_memory": "zero"}
-
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """A CPU that stands in for a Hopper GPU, and has no other way."""
-    monkeypatch.setattr(prefill, "multiprocessors", lambda q, what: 2)
+    """There is no other way but the kernel."""
     monkeypatch.setattr(prefill, "fill", None)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**PARAMS)):
+    with on_hopper(monkeypatch, prefill):
         yield
 
 
@@ -111,10 +108,10 @@ def test_gradients_are_those_of_the_reference(hopper, monkeypatch, cache_dtype):
 
 @pytest.mark.parametrize("in_fp8", [False, True])
 @pytest.mark.parametrize("cache_dtype", [FP8, jnp.bfloat16])
-def test_no_threads_race(hopper, cache_dtype, in_fp8):
+def test_no_threads_race(monkeypatch, cache_dtype, in_fp8):
     *qkv_and_caches, rotation = operands(1, 128, 4, 1, 64, 128, cache_dtype)
     units = fp8.fp8_units(*qkv_and_caches[:3]) if in_fp8 else None
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True, **PARAMS)):
+    with on_hopper(monkeypatch, prefill, detect_races=True):
         jax.block_until_ready(rotate_and_fill(*qkv_and_caches, 1, rotation, units))
     assert not gpu_callbacks.get_races().races_found
 

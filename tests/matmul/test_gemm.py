@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_reference
 import pytest
+from hopper import FLOAT32, on_hopper
 from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from numpy_reference import BF16, heavy_tailed, make_weight, normal, zero_blocks
 
 from jaxquant import blocked
@@ -21,18 +21,9 @@ SMS = 2
 F32 = np.dtype(np.float32)
 
 
-def interpret(**params):
-    """A CPU that stands in for a Hopper GPU. What lies outside an array reads as zeros there."""
-    return plgpu.force_gpu_interpret_mode(
-        plgpu.InterpretGPUParams(
-            out_of_bounds_reads="uninitialized", uninitialized_memory="zero", **params
-        )
-    )
-
-
 @pytest.fixture
-def interpreter():
-    with interpret():
+def hopper(monkeypatch):
+    with on_hopper(monkeypatch):
         yield
 
 
@@ -55,7 +46,7 @@ def run(args, config, layer=0, out_dtype=BF16, residual=None):
 
 def assert_close(y, expected):
     # What rounding the result costs; the sums in float32 are far closer.
-    tolerance = 3e-3 if y.dtype == BF16 else 1e-6
+    tolerance = 3e-3 if y.dtype == BF16 else FLOAT32
     error = np.linalg.norm(np.asarray(y, np.float64) - expected)
     assert error <= tolerance * np.linalg.norm(expected)
 
@@ -75,20 +66,20 @@ def assert_close(y, expected):
         (256, True, 128),
     ],
 )
-def test_every_kind_of_tile(interpreter, tile_m, cluster, tile_n):
+def test_every_kind_of_tile(hopper, tile_m, cluster, tile_n):
     args, expected = operands(136, 264, 160)
     assert_close(run(args, Config(tile_m, cluster, tile_n)), expected[0])
 
 
 @pytest.mark.parametrize("K", [32, 384])  # less than a pair of blocks, and a pair and one
 @pytest.mark.parametrize("config", [Config(128, False), Config(256, True)])
-def test_any_number_of_blocks(interpreter, config, K):
+def test_any_number_of_blocks(hopper, config, K):
     args, expected = operands(16, 136, K)
     assert_close(run(args, config, out_dtype=F32), expected[0])
 
 
 @pytest.mark.parametrize("kind", [zero_blocks, heavy_tailed])
-def test_values_that_are_hard(interpreter, kind):
+def test_values_that_are_hard(hopper, kind):
     args, expected = operands(72, 200, 256, kind)
     assert_close(run(args, Config(128, True, 192)), expected[0])
 
@@ -106,7 +97,7 @@ def test_values_that_are_hard(interpreter, kind):
         (Config(256, True), 672),
     ],
 )
-def test_a_residual_is_added_to_the_rounded_product(interpreter, config, K):
+def test_a_residual_is_added_to_the_rounded_product(hopper, config, K):
     args, _ = operands(136, 320, K)
     residual = jnp.asarray(make_weight(normal, (136, 320), BF16, 2))
     assert gemm_sm90.can_add_residual(136, 320, BF16, config)
@@ -146,7 +137,7 @@ def gate(args):
         (72, 512, 256, zero_blocks),
     ],
 )
-def test_a_gated_product_has_the_bytes_of_what_is_quantized_after_it(interpreter, M, N, K, kind):
+def test_a_gated_product_has_the_bytes_of_what_is_quantized_after_it(hopper, M, N, K, kind):
     args, _ = operands(M, N, K, kind)
     qvalue, scale = gate(args)
     product = run(args, Config(128, False))
@@ -168,12 +159,12 @@ def test_what_can_be_gated():
     assert not gemm_sm90.can_gate(28672 + 128, BF16)  # half a group
 
 
-def test_few_columns(interpreter):
+def test_few_columns(hopper):
     args, expected = operands(16, 8, 160)
     assert_close(run(args, Config(256, True)), expected[0])
 
 
-def test_a_traced_layer_of_a_stack(interpreter):
+def test_a_traced_layer_of_a_stack(hopper):
     args, expected = operands(72, 64, 128, layers=3)
     config = Config(128, False, 64)
     scan = jax.jit(lambda: lax.scan(lambda _, l: (None, run(args, config, l)), None, jnp.arange(3)))
@@ -182,19 +173,19 @@ def test_a_traced_layer_of_a_stack(interpreter):
 
 
 @pytest.mark.parametrize("config", [Config(128, False), Config(256, True)])
-def test_no_two_threads_race(config):
+def test_no_two_threads_race(monkeypatch, config):
     args, expected = operands(16, 320, 512)
     residual = jnp.asarray(make_weight(normal, (16, 320), BF16, 2))
-    with interpret(detect_races=True):
+    with on_hopper(monkeypatch, detect_races=True):
         y = run(args, config, residual=residual)
         found = gpu_callbacks.get_races().races_found
     assert_close(y, expected[0] + np.asarray(residual, np.float64))
     assert not found
 
 
-def test_no_two_threads_race_where_a_product_is_gated():
+def test_no_two_threads_race_where_a_product_is_gated(monkeypatch):
     args, _ = operands(136, 768, 512)
-    with interpret(detect_races=True):
+    with on_hopper(monkeypatch, detect_races=True):
         gate(args)
         assert not gpu_callbacks.get_races().races_found
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_reference
 import pytest
+from hopper import on_hopper
 from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from numpy_reference import BF16, heavy_tailed, make_weight, normal, zero_blocks
 
 from jaxquant import blocked
@@ -23,19 +23,9 @@ from jaxquant.matmul.grouped_sm90 import Config
 SMS = 2
 
 
-def interpret(**params):
-    """A CPU that stands in for a Hopper GPU. What lies outside an array reads as zeros there."""
-    return plgpu.force_gpu_interpret_mode(
-        plgpu.InterpretGPUParams(
-            out_of_bounds_reads="uninitialized", uninitialized_memory="zero", **params
-        )
-    )
-
-
 @pytest.fixture
 def hopper(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "multiprocessors", lambda x, what: SMS)
-    with interpret():
+    with on_hopper(monkeypatch, mosaic_gpu, sms=SMS):
         yield
 
 
@@ -174,10 +164,10 @@ def test_the_derivative_is_straight_through(hopper):
     assert_close(dy, np.asarray(grouped_matmul(x, weight_only(w), sizes), np.float64))
 
 
-def test_no_two_threads_race():
+def test_no_two_threads_race(monkeypatch):
     sizes = [3, 0, 20, 1]
     x, w = tokens(24, 512), experts((4, 256, 512))  # in whole tiles: else two write the same rows
-    with interpret(detect_races=True):
+    with on_hopper(monkeypatch, detect_races=True):
         y = run(x, w, sizes, Config((8, 16)))
         found = gpu_callbacks.get_races().races_found
     assert_close(y, definition(x, w, sizes))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from hopper import on_hopper
 from numpy_reference import BF16, make_weight, normal
 
 from jaxquant import blocked
@@ -20,13 +20,7 @@ L, F, K, N = 3, 256, 1024, 136
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """A CPU that stands in for a Hopper GPU."""
-    for module in (mosaic_gpu, mlp):
-        monkeypatch.setattr(module, "multiprocessors", lambda x, what: 2)
-    params = plgpu.InterpretGPUParams(
-        out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
-    )
-    with plgpu.force_gpu_interpret_mode(params):
+    with on_hopper(monkeypatch, mosaic_gpu, mlp):
         yield
 
 

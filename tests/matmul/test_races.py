@@ -8,8 +8,8 @@ overlap do, so shapes are such that none overlap. The prefill kernel's tiles are
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper import on_hopper
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from numpy_reference import BF16, make_weight, normal
 
 from jaxquant import blocked
@@ -20,13 +20,8 @@ from jaxquant.matmul.api import matmul
 
 
 @pytest.fixture(autouse=True)
-def hopper(monkeypatch):
-    """A CPU that stands in for a Hopper GPU, and looks for races."""
-    monkeypatch.setattr(mosaic_gpu, "multiprocessors", lambda x, what: 2)
-    params = plgpu.InterpretGPUParams(
-        detect_races=True, out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
-    )
-    with plgpu.force_gpu_interpret_mode(params):
+def interpreter(monkeypatch):
+    with on_hopper(monkeypatch, mosaic_gpu, detect_races=True):
         yield
 
 

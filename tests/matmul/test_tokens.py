@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from hopper import on_hopper
 
 from jaxquant.blocked import quantize, quantize_activations
 from jaxquant.errors import JaxquantError
@@ -18,9 +18,7 @@ from jaxquant.matmul.tokens import kernel_layout, with_one_scale
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """A CPU that stands in for a Hopper GPU."""
-    monkeypatch.setattr(mosaic_gpu, "multiprocessors", lambda x, what: 2)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    with on_hopper(monkeypatch, mosaic_gpu):
         yield
 
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_reference
 import pytest
+from hopper import FLOAT32, on_hopper
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from numpy_reference import BF16, heavy_tailed, make_weight, normal, zero_blocks
 
 from jaxquant import blocked
@@ -30,12 +30,7 @@ F32 = np.dtype(np.float32)
 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch):
-    """A CPU that stands in for a Hopper GPU. What lies outside an array reads as zeros there."""
-    monkeypatch.setattr(mosaic_gpu, "multiprocessors", lambda x, what: SMS)
-    params = plgpu.InterpretGPUParams(
-        out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
-    )
-    with plgpu.force_gpu_interpret_mode(params):
+    with on_hopper(monkeypatch, mosaic_gpu, sms=SMS):
         yield
 
 
@@ -55,7 +50,7 @@ def definition(x: Any, qvalue: Any, scale: Any) -> np.ndarray:
 
 def assert_close(y: Any, expected: np.ndarray) -> None:
     # What rounding the result costs; the sums in float32 are far closer.
-    tolerance = 3e-3 if y.dtype == BF16 else 1e-6
+    tolerance = 3e-3 if y.dtype == BF16 else FLOAT32
     error = np.linalg.norm(np.asarray(y, np.float64) - expected)
     assert error <= tolerance * np.linalg.norm(expected)
 

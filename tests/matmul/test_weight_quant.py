@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_reference
 import pytest
+from hopper import on_hopper
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from numpy_reference import (
     BF16,
     differing,
@@ -36,12 +36,7 @@ GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "blocked_fp8.npz")
 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch):
-    """A CPU that stands in for a Hopper GPU. What lies outside an array reads as zeros there."""
-    monkeypatch.setattr(weight_quant, "multiprocessors", lambda x, what: 132)
-    params = plgpu.InterpretGPUParams(
-        out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
-    )
-    with plgpu.force_gpu_interpret_mode(params):
+    with on_hopper(monkeypatch, weight_quant, sms=132):
         yield
 
 
