@@ -29,7 +29,6 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -51,6 +50,7 @@ from jaxquant.attention.sm90 import (
     across,
     column,
     default_cut,
+    in_place,
     padded_group,
     reduced,
     scale_of,
@@ -186,8 +186,9 @@ def append_and_attend(
         squared = jnp.exp2(logits * (2 * scale / softcap * _LOG2_E))
         return softcap * _LOG2_E * (1 - 2 / (squared + 1))
 
-    def kernel(qkv_gmem, k_gmem, ks_gmem, v_gmem, vs_gmem, layer_gmem, lengths_gmem, *refs):
+    def kernel(qkv_gmem, layer_gmem, lengths_gmem, *refs):
         tables_gmem, refs = refs[: len(tables)], refs[len(tables) :]
+        (k_gmem, ks_gmem, v_gmem, vs_gmem), refs = refs[:4], refs[4:]
         out_gmem, refs = refs[:results], refs[results:]
         *parts_gmem, q_smem, p_smem, reduce_smem, k_full, v_full = refs[: 5 + len(cluster.out_type)]
         exchange = refs[5 + len(cluster.out_type) :]
@@ -415,8 +416,8 @@ def append_and_attend(
     ]
     shapes = (-1, S, D), (-1, S), (-1, D, TILE), (-1, S)
     stored = k.qvalue, k.scale, v.qvalue, v.scale
-    cache = [jax.new_ref(a.reshape(s)) for a, s in zip(stored, shapes, strict=True)]
-    out = plgpu.kernel(
+    cache = [a.reshape(s) for a, s in zip(stored, shapes, strict=True)]
+    run = plgpu.kernel(
         kernel,
         out_type=[*result.out_type, *cluster.out_type],
         scratch_types=[*scratch, *cluster.scratch],
@@ -427,10 +428,9 @@ def append_and_attend(
         thread_name="warpgroup",
         kernel_name="jaxquant_decode_attention_fp8",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
-    )(qkv, *cache, layer, lengths, *tables)
-    qk, ks, qv, vs = (
-        jax.freeze(ref).reshape(a.shape) for ref, a in zip(cache, stored, strict=True)
     )
+    out, cache = in_place(run, [qkv, layer, lengths, *tables], cache)
+    qk, ks, qv, vs = (a.reshape(of.shape) for a, of in zip(cache, stored, strict=True))
     k = dataclasses.replace(k, qvalue=qk, scale=ks)
     v = dataclasses.replace(v, qvalue=qv, scale=vs)
     return result.of(out[:results]), k, v

@@ -17,9 +17,9 @@ prefetch of that product's weight to L2 meanwhile costs more than it saves (0.6 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -39,6 +39,7 @@ from jaxquant.attention.sm90 import (
     across,
     column,
     default_cut,
+    in_place,
     padded_group,
     reduced,
 )
@@ -148,11 +149,17 @@ def append_and_attend(
     if rotation is not None and D == 64:  # for all dims, with what `swapped` gives
         cos, sin = rotation
         rotation = jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1)
-    refs = [jax.new_ref(a.reshape(-1, S, D)) for a in (k, v)]
     options: Any = {"window": window, "scale": scale, "softcap": softcap, "config": config}
     options["quantized"] = quantized
-    y = _launch(qkv, refs, k.shape, G, layer, lengths, rotation or (), appends=True, **options)
-    k, v = (jax.freeze(ref).reshape(k.shape) for ref in refs)
+
+    def run(qkv, layer, lengths, *refs):
+        *tables, k_ref, v_ref = refs
+        cache = k_ref, v_ref
+        return _launch(qkv, cache, k.shape, G, layer, lengths, tables, appends=True, **options)
+
+    cache = [a.reshape(-1, S, D) for a in (k, v)]
+    y, cache = in_place(run, [qkv, layer, lengths, *(rotation or ())], cache)
+    k, v = (a.reshape(k.shape) for a in cache)
     return y, k, v
 
 
@@ -163,7 +170,7 @@ def _launch(
     G: int,
     layer: Any,
     lengths: Any,
-    tables: tuple[Any, ...] = (),
+    tables: Sequence[Any] = (),
     *,
     appends: bool = False,
     window: int | None,

@@ -17,7 +17,7 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int32
 from jaxquant.array import QuantizedArray
 from jaxquant.attention import values_sm90
 from jaxquant.attention.cache import FP8, TILE, KeysOrValues, cache_shape
-from jaxquant.attention.sm90 import WGMMA
+from jaxquant.attention.sm90 import WGMMA, in_place
 from jaxquant.matmul.act_quant_sm90 import quantize_groups
 from jaxquant.matmul.arithmetic_sm90 import product
 from jaxquant.matmul.sm90 import cdiv, in_stack, store, swizzled
@@ -184,7 +184,7 @@ def rotate_and_fill(
     shapes = [(-1, S, D), (-1, S), (-1, D, TILE), (-1, S)] if quantized else [(-1, S, D)] * 2
     stored, structure = jax.tree.flatten((k, v))
     parts = len(stored) // 2
-    cache = [jax.new_ref(a.reshape(s)) for a, s in zip(stored, shapes, strict=True)]
+    cache = [a.reshape(s) for a, s in zip(stored, shapes, strict=True)]
     tokens_smem = (_VALUE_TOKENS, D)
     scratch: list[Any] = [
         plgpu.SMEM(tokens_smem, jnp.bfloat16, transforms=swizzled(D, jnp.bfloat16)),
@@ -194,7 +194,7 @@ def rotate_and_fill(
         scratch.append(plgpu.SMEM((page_rows, TILE), FP8))
     if scaled:
         scratch.append(plgpu.SMEM(tokens_smem, FP8, transforms=swizzled(D, FP8)))
-    taken = plgpu.kernel(
+    run = plgpu.kernel(
         kernel,
         out_type=[jax.ShapeDtypeStruct((B * T, heads * D), dtype) for heads in (Hq, H, H)],
         scratch_types=scratch,
@@ -202,14 +202,10 @@ def rotate_and_fill(
         grid_names=("block",),
         kernel_name="jaxquant_rotate_and_fill",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
-    )(
-        qkv.reshape(B * T, R * D),
-        *(table.reshape(B * T, half) for table in rotation),
-        layer,
-        *scaled,
-        *cache,
     )
-    new = [jax.freeze(ref).reshape(a.shape) for ref, a in zip(cache, stored, strict=True)]
+    tables = [table.reshape(B * T, half) for table in rotation]
+    taken, new = in_place(run, [qkv.reshape(B * T, R * D), *tables, layer, *scaled], cache)
+    new = [a.reshape(of.shape) for a, of in zip(new, stored, strict=True)]
     k, v = jax.tree.unflatten(structure, new)
     q, new_k, new_v = (a.reshape(B, T, -1, D) for a in taken)
     return (q, new_k, new_v), k, v

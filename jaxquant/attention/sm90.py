@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
 
 from jaxquant.blocked import ACTIVATION_AMAX_FLOOR, ACTIVATION_GROUP
 from jaxquant.hopper import interpreted
@@ -94,6 +95,20 @@ def is_quantizable(B: int, H: int, G: int, D: int) -> bool:
     """Whether a kernel can leave its result quantized, and the product that follows gains by it."""
     whole = D % ACTIVATION_GROUP == 0 and (G < 8 or G == padded_group(G))
     return whole and not gemv_sm90.takes(B, H * G * D)
+
+
+def in_place(
+    kernel: Callable[..., Any], operands: Sequence[Array], cache: Sequence[Array]
+) -> tuple[Any, list[Array]]:
+    """What `kernel(*operands, *refs)` returns, and the cache, of which the refs are, after it.
+
+    Barriers keep slices of its operands and results apart from it. XLA would make one fusion of
+    them, which forgets what is written in place, and so loses it (jax 0.11.2 and 0.12).
+    """
+    operands, cache = lax.optimization_barrier((tuple(operands), list(cache)))
+    refs = [jax.new_ref(a) for a in cache]
+    results = kernel(*operands, *refs)
+    return lax.optimization_barrier((results, [jax.freeze(ref) for ref in refs]))
 
 
 def column(value: Any, N: int) -> Any:

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from hopper import h200, needs_plugin, run_apart
+from hopper import h200, in_place_in_fusions, needs_plugin, run_apart
 
 pytestmark = needs_plugin
 
@@ -65,6 +65,11 @@ def test_an_append_compiles_and_is_one_kernel(compiled, shape, i):
     assert "output_to_operand_aliasing={{" in compiled[i]
 
 
+@pytest.mark.parametrize("i", [-2, -1])
+def test_a_scan_over_caches_does_not_make_part_of_a_fusion_of_an_append(compiled, i):
+    assert not in_place_in_fusions(compiled[i])
+
+
 def compile_all() -> list[str | None]:
     import jax
     import jax.numpy as jnp
@@ -114,8 +119,34 @@ def compile_all() -> list[str | None]:
         run = jax.jit(append, donate_argnums=(1, 2))
         return run.lower(*args, (cos, sin)).compile().as_text()
 
+    def compile_scan(fp8):
+        """Each layer's cache is a slice, and so is what a step gives of it."""
+
+        def scan(rotation, *layers):
+            def step(_, of_layer):
+                qkv, k, v, lengths = of_layer
+                k, v = (jax.tree.map(lambda a: a[None], c) for c in (k, v))
+                return None, append_and_attend(
+                    qkv, k, v, 0, lengths, rotation, implementation="mosaic_gpu"
+                )
+
+            return jax.lax.scan(step, None, layers)
+
+        def caches():
+            k = v = jnp.zeros((3, 1, 2, 2, 256, 128), jnp.bfloat16)
+            return (jax.vmap(quantize_keys)(k), jax.vmap(quantize_values)(v)) if fp8 else (k, v)
+
+        k, v = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct((a.shape[0], *a.shape[2:]), a.dtype, sharding=sharding),
+            jax.eval_shape(caches),
+        )
+        operands = ((3, 2, 8, 128), jnp.bfloat16), ((3, 2), "int32"), ((2, 64), jnp.float32)
+        qkv, lengths, table = (jax.ShapeDtypeStruct(*o, sharding=sharding) for o in operands)
+        return jax.jit(scan).lower((table, table), qkv, k, v, lengths).compile().as_text()
+
     texts = [compile_shape(*s) for s in SHAPES] + [compile_append(*s) for s in APPENDS]
-    return texts + [compile_append(*s, fp8=True) for s in FP8_APPENDS]
+    texts += [compile_append(*s, fp8=True) for s in FP8_APPENDS]
+    return texts + [compile_scan(fp8) for fp8 in (False, True)]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from hopper import h200, needs_plugin, run_apart
+from hopper import h200, in_place_in_fusions, needs_plugin, run_apart
 
 pytestmark = needs_plugin
 
@@ -43,6 +43,10 @@ def test_units_of_fp8_are_two_kernels(compiled):
     assert launches(compiled[-2]) == ["custom-call"] * 2
 
 
+def test_a_vmap_does_not_make_part_of_a_fusion_of_the_kernel(compiled):
+    assert not in_place_in_fusions(compiled[len(SHAPES)])
+
+
 def compile_all() -> list[str | None]:
     import jax
     import jax.numpy as jnp
@@ -74,6 +78,19 @@ def compile_all() -> list[str | None]:
         args = qkv, *stacks, shaped((), "int32"), (table, table), units
         return jax.jit(run, donate_argnums=(1, 2)).lower(*args).compile().as_text()
 
+    def compile_vmap():
+        cache = [empty((2, 1, 1, 128, 64), FP8, values=values) for values in (False, True)]
+        q, k = shaped((3, 1, 128, 2, 64), "bfloat16"), shaped((3, 1, 128, 1, 64), "bfloat16")
+        table = shaped((1, 128, 32), "float32")
+
+        def run(q, k, v, table):
+            def one(q, k, v):
+                return prefill._kernel(q, k, v, *cache, jnp.int32(1), (table, table), None)
+
+            return jax.vmap(one)(q, k, v)
+
+        return jax.jit(run).lower(q, k, k, table).compile().as_text()
+
     def compile_units(B, T, Hq, H, D):
         def run(qkv):
             return fp8._units_by_kernel(*split(qkv, B, T, Hq, H, D), 1.0)
@@ -90,6 +107,7 @@ def compile_all() -> list[str | None]:
 
     return [
         *(compile_fill(*s) for s in SHAPES),
+        compile_vmap(),
         compile_units(1, 8192, 32, 8, 128),
         compile_attention(1, 256, 8, 2, 128),
     ]
