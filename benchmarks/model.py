@@ -1,7 +1,7 @@
 """Prefill and decode of a Llama-shaped model with random weights: FP8, BF16, and transformers.
 
     python benchmarks/model.py [--rows fp8 torch] [--shape 8b] [--batch 1 16 64] [--context 1024]
-                               [--save NAME]
+                               [--apart] [--save NAME]
 
 Timed are the functions that generation runs: the prefill of a prompt, and steps of the decode loop
 on the device (attention over the cache and the LM head included; greedy). FP8 runs with one stack
@@ -11,7 +11,8 @@ and, to show that, with one.
 transformers runs the same model where it and PyTorch with CUDA are installed: SDPA attention, a
 static cache of as many slots, decode steps as one CUDA graph or as `torch.compile` makes them.
 
-Times are medians of the wall clock around a call of 64 steps, the first of them at `--context`. A
+Times are medians of the wall clock around a call of 64 steps, the first of them at `--context`;
+with `--apart` around 64 calls of one step, as a serving loop makes them, ahead of the GPU. A
 row has the GPU to itself, in a process of its own, with an empty compilation cache. The first
 decode call is timed there, and again in another process, which finds the cache filled.
 """
@@ -129,11 +130,28 @@ def _random_stack(keys: Array, shape: tuple[int, ...], config: jq.QuantConfig | 
     return jax.lax.map(one, keys)
 
 
-def start_jaxquant(row: str, shape: str, context: int) -> tuple[Start, Start, str]:
+def start_jaxquant(row: str, shape: str, context: int, apart: bool) -> tuple[Start, Start, str]:
     config = jq.QuantConfig(quantize_head=row != "fp8") if "fp8" in row else None
     model = build(shape, config, stacked=row != "bf16")
     cache_dtype = "float8_e4m3fn" if row in ("fp8-cache", "fp8-attention") else None
     attention_dtype = "float8_e4m3fn" if row == "fp8-attention" else None
+
+    def decode_apart(B: int) -> Callable[[int], None]:
+        cache = model.empty_cache(B, cache_slots(context), cache_dtype)
+        logits = jax.random.normal(jax.random.key(0), (B, model.cfg.vocab_size))
+
+        @functools.partial(jax.jit, donate_argnums=(1, 2))
+        def step(model: Any, logits: Array, cache: Any) -> tuple[Array, Any]:
+            return model.decode(jnp.argmax(logits, axis=-1).astype(jnp.int32), cache)
+
+        def run(steps: int) -> None:
+            nonlocal logits, cache
+            cache.lengths = jnp.full((B,), context, jnp.int32)
+            for _ in range(steps):
+                logits, cache = step(model, logits, cache)
+            jax.block_until_ready(logits)
+
+        return run
 
     def decode(B: int) -> Callable[[int], None]:
         knobs = generation._Knobs.of(generation.Sampling())
@@ -163,13 +181,14 @@ def start_jaxquant(row: str, shape: str, context: int) -> tuple[Start, Start, st
 
         return run
 
-    return decode, prefill, f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+    steps = decode_apart if apart else decode
+    return steps, prefill, f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
 
 
 # transformers ------------------------------------------------------------------------------------
 
 
-def start_transformers(row: str, shape: str, context: int) -> tuple[Start, Start, str]:
+def start_transformers(row: str, shape: str, context: int, _: bool) -> tuple[Start, Start, str]:
     import torch  # pyright: ignore
     import transformers  # pyright: ignore
 
@@ -242,7 +261,7 @@ def measure(args: argparse.Namespace) -> None:
     by_torch = args.measure.startswith("torch")
     start = start_transformers if by_torch else start_jaxquant
     try:
-        decode, prefill, on = start(args.measure, args.shape, args.context)
+        decode, prefill, on = start(args.measure, args.shape, args.context, args.apart)
     except ImportError as e:
         say("on", str(e))
         return
@@ -298,6 +317,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64, 256])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--prefill", type=int, nargs="*", default=[2048, 8192])
+    parser.add_argument("--apart", action="store_true", help="each decode step a call of its own")
     parser.add_argument("--save", metavar="NAME", help="write NAME.md under benchmarks/results")
     parser.add_argument("--measure", choices=ROWS, help=argparse.SUPPRESS)
     parser.add_argument("--first", action="store_true", help=argparse.SUPPRESS)

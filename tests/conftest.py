@@ -39,10 +39,11 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
 def pytest_collection_modifyitems(config, items):
-    gpu = [item for item in items if "hopper" in item.fixturenames]
-    ours = gpu if ON_GPU else [item for item in items if not item.get_closest_marker("gpu")]
-    config.hook.pytest_deselected(items=[item for item in items if item not in ours])
-    items[:] = ours
+    def is_ours(item):
+        return "hopper" in item.fixturenames if ON_GPU else not item.get_closest_marker("gpu")
+
+    config.hook.pytest_deselected(items=[item for item in items if not is_ours(item)])
+    items[:] = filter(is_ours, items)
 
 
 def pytest_sessionstart():

@@ -11,9 +11,11 @@ A ring that is asked for keeps the memory busy for 3 to 6 us, and what is read l
 So all else is read first: x before the layer is known, the norm's weight and the scales of the
 first tile next. Later scales are read a tile ahead.
 
-It does without programmatic dependent launch: XLA runs loops as CUDA graphs, which do not have it
-between the kernels of custom calls. A prefetch to L2 takes longer than it saves, be it ahead of the
-copies or, at the end, of the next product's weight (4 to 24 MB: 1 to 7 us a layer slower).
+It does without programmatic dependent launch: XLA runs programs as CUDA graphs, which do not have
+it between the kernels of custom calls. Without graphs, with it, and with the weight asked for ahead
+of the wait, the step of an 8B model takes 2.21 ms rather than 2.26 at one token, and 2.73 rather
+than 2.70 at 16. A prefetch to L2 takes longer than it saves, be it ahead of the copies or, at the
+end, of the next product's weight (4 to 24 MB: 1 to 7 us a layer slower).
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 The interpreter runs its copies, barriers and arithmetic on a CPU. It knows nothing of what a GPU's
 copies do beyond the ends of arrays, nor of how its units round: `test_attention_aot.py` compiles
-the kernel for a GPU, and `benchmarks/attention.py` runs it on one.
+the kernel for a GPU, and `make test-gpu` runs it on one, by these same tests.
 """
 
 import dataclasses

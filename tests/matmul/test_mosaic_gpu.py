@@ -2,7 +2,7 @@
 
 The interpreter runs their copies, barriers and arithmetic on a CPU. It knows nothing of what a
 GPU's copies do beyond the ends of arrays, nor of how its units round: `test_aot.py` compiles the
-kernels for a GPU, and `benchmarks/matmul.py` runs them on one.
+kernels for a GPU, and `make test-gpu` runs them on one, by these same tests.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Weight-only products on Hopper, run by Pallas's interpreter, against the definition in float64.
 
 What of it is for the GPU alone, FP8 to BF16 in registers, `test_w8a16_aot.py` compiles, and
-`benchmarks/matmul.py` checks.
+`make test-gpu` runs.
 """
 
 import dataclasses

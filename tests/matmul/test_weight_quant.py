@@ -1,6 +1,6 @@
 """The kernel that quantizes weights, run by Pallas's interpreter, to the byte.
 
-How its arithmetic rounds on a GPU `benchmarks/quantize.py` checks.
+How its arithmetic rounds on a GPU `make test-gpu` and `benchmarks/quantize.py` check.
 """
 
 from pathlib import Path
