@@ -121,11 +121,14 @@ def test_a_gated_mlp_has_the_bytes_of_two_products(M, F, K):
     x, gate_up, down = random(M, K), weight(2, 2 * F, K), weight(2, K, F)
     around: dict[str, Any] = {"layer": 1, "prologue": RMSNorm(random(2, K, seed=2), 1e-5)}
     residual = random(M, K, seed=3)
-    y = jax.jit(lambda: gated_mlp(
-        x, gate_up, down, **around, activation=SiluMul(), residual=residual
-    ))()  # fmt: skip
-    h = jax.jit(lambda: matmul(x, gate_up, **around))()
-    expected = jax.jit(lambda: matmul(h, down, layer=1, prologue=SiluMul(), residual=residual))()
+
+    @jax.jit
+    def together(x, gate_up, down, residual):
+        return gated_mlp(x, gate_up, down, **around, activation=SiluMul(), residual=residual)
+
+    h = jax.jit(matmul)(x, gate_up, **around)
+    expected = jax.jit(matmul)(h, down, layer=1, prologue=SiluMul(), residual=residual)
+    y = together(x, gate_up, down, residual)
     assert same_bytes(y, expected)
 
 
