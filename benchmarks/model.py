@@ -1,7 +1,7 @@
 """Prefill and decode of a Llama-shaped model with random weights: FP8, BF16, and transformers.
 
     python benchmarks/model.py [--rows fp8 torch] [--shape 8b] [--batch 1 16 64] [--context 1024]
-                               [--apart] [--save NAME]
+                               [--single-steps] [--save NAME]
 
 Timed are the functions that generation runs: the prefill of a prompt, and steps of the decode loop
 on the device (attention over the cache and the LM head included; greedy). FP8 runs with one stack
@@ -12,7 +12,7 @@ transformers runs the same model where it and PyTorch with CUDA are installed: S
 static cache of as many slots, decode steps as one CUDA graph or as `torch.compile` makes them.
 
 Times are medians of the wall clock around a call of 64 steps, the first of them at `--context`;
-with `--apart` around 64 calls of one step, as a serving loop makes them, ahead of the GPU. A
+with `--single-steps` around 64 calls of one step, as a serving loop makes them, ahead of the GPU. A
 row has the GPU to itself, in a process of its own, with an empty compilation cache. The first
 decode call is timed there, and again in another process, which finds the cache filled.
 """
@@ -130,13 +130,13 @@ def _random_stack(keys: Array, shape: tuple[int, ...], config: jq.QuantConfig | 
     return jax.lax.map(one, keys)
 
 
-def start_jaxquant(row: str, shape: str, context: int, apart: bool) -> tuple[Start, Start, str]:
+def start_jaxquant(row: str, shape: str, context: int, single: bool) -> tuple[Start, Start, str]:
     config = jq.QuantConfig(quantize_head=row != "fp8") if "fp8" in row else None
     model = build(shape, config, stacked=row != "bf16")
     cache_dtype = "float8_e4m3fn" if row in ("fp8-cache", "fp8-attention") else None
     attention_dtype = "float8_e4m3fn" if row == "fp8-attention" else None
 
-    def decode_apart(B: int) -> Callable[[int], None]:
+    def decode_singly(B: int) -> Callable[[int], None]:
         cache = model.empty_cache(B, cache_slots(context), cache_dtype)
         logits = jax.random.normal(jax.random.key(0), (B, model.cfg.vocab_size))
 
@@ -181,7 +181,7 @@ def start_jaxquant(row: str, shape: str, context: int, apart: bool) -> tuple[Sta
 
         return run
 
-    steps = decode_apart if apart else decode
+    steps = decode_singly if single else decode
     return steps, prefill, f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
 
 
@@ -261,7 +261,7 @@ def measure(args: argparse.Namespace) -> None:
     by_torch = args.measure.startswith("torch")
     start = start_transformers if by_torch else start_jaxquant
     try:
-        decode, prefill, on = start(args.measure, args.shape, args.context, args.apart)
+        decode, prefill, on = start(args.measure, args.shape, args.context, args.single_steps)
     except ImportError as e:
         say("on", str(e))
         return
@@ -317,7 +317,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64, 256])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--prefill", type=int, nargs="*", default=[2048, 8192])
-    parser.add_argument("--apart", action="store_true", help="each decode step a call of its own")
+    parser.add_argument(
+        "--single-steps", action="store_true", help="each decode step a call of its own"
+    )
     parser.add_argument("--save", metavar="NAME", help="write NAME.md under benchmarks/results")
     parser.add_argument("--measure", choices=ROWS, help=argparse.SUPPRESS)
     parser.add_argument("--first", action="store_true", help=argparse.SUPPRESS)

@@ -55,7 +55,7 @@ def test_transform_compares_the_same_products(transform, form):
     np.testing.assert_array_equal(actual, expected)
 
 
-@pytest.mark.parametrize("option", ["", "--apart"])
+@pytest.mark.parametrize("option", ["", "--single-steps"])
 def test_a_row_of_the_model_is_measured(monkeypatch, capsys, option):
     command = f"model.py --shape tiny --batch 2 --context 8 --prefill 32 --measure fp8 {option}"
     monkeypatch.setattr(sys, "argv", command.split())

@@ -47,15 +47,17 @@ def test_a_decode_step(B, H, G, S, D, in_fp8):
     y, new_k, new_v = run(qkv, k, v, 1, lengths, rotation, implementation="mosaic_gpu")
     again, *_ = run(qkv, k, v, 1, lengths, rotation, implementation="mosaic_gpu")
     assert np.asarray(y).tobytes() == np.asarray(again).tobytes()
-    q, *appended_cache = appended(qkv, *(
-        (dequantized(k), dequantized(v)) if in_fp8 else (k, v)
-    ), 1, lengths, rotation)  # fmt: skip
-    cache = (dequantized(new_k), dequantized(new_v)) if in_fp8 else appended_cache
+
+    def exact(cache):
+        return dequantized(cache) if in_fp8 else np.asarray(cache, np.float64)
+
+    q, *expected = appended(qkv, exact(k), exact(v), 1, lengths, rotation)
+    cache = exact(new_k), exact(new_v)
     assert relative_error(y, definition(q, *cache, 1, lengths)) <= 3e-3
-    for new, expected in zip(cache, appended_cache, strict=True):
-        rows = np.arange(B)
-        at = 1, rows, slice(None), np.asarray(lengths) - 1
-        assert relative_error(new[at], expected[at]) <= (0.04 if in_fp8 else 0)
+    at = 1, np.arange(B), slice(None), np.asarray(lengths) - 1
+    for new, by_definition in zip(cache, expected, strict=True):
+        # What FP8 rounds, or in BF16 a fused multiply and add.
+        assert relative_error(new[at], by_definition[at]) <= (0.04 if in_fp8 else 4e-3)
 
 
 @pytest.mark.parametrize("cache_dtype", [FP8, jnp.bfloat16])

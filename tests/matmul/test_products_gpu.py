@@ -4,6 +4,7 @@ What is expected is computed on the GPU too, in float64, of what XLA quantizes.
 """
 
 import functools
+import logging
 from typing import Any
 
 import jax
@@ -98,7 +99,8 @@ def test_values_far_apart(M):
 def test_what_stands_around_a_product(M, N, K):
     x, w, norm = random(M, K), weight(2, N, K), RMSNorm(random(2, K, seed=2), 1e-5)
     bias, residual = random(2, N, seed=3), random(M, N, seed=4)
-    y = matmul(x, w, layer=1, prologue=norm, bias=bias, residual=residual)
+    around: Any = {"layer": 1, "prologue": norm, "bias": bias, "residual": residual}
+    y = matmul(x, w, **around, implementation="mosaic_gpu")
     with jax.enable_x64(True):
         expected = product(norm(x, 1), w, 1) + bias[1].astype(float) + residual.astype(float)
         # Besides: a normalized value may round the other way before it is quantized.
@@ -134,13 +136,15 @@ def test_a_gated_mlp_has_the_bytes_of_two_products(M, F, K):
 
 @pytest.mark.parametrize("T", [1, 2, 16, 64, 512, 4096])
 @pytest.mark.parametrize(("E", "N", "K"), [(128, 1536, 4096), (64, 2816, 2048), (8, 256, 512)])
-def test_experts(T, E, N, K):
+def test_experts(caplog, T, E, N, K):
+    caplog.set_level(logging.DEBUG, "jaxquant.matmul")
     x, w = random(T, K), weight(E, N, K)
     logits = random(T, E, seed=5).astype(jnp.float32)
     _, rows, places, sizes = route(Routing(E, 8), logits)
     run = jax.jit(grouped_matmul)
     y = run(x, w, sizes, rows=rows, places=places)
     assert same_bytes(y, run(x, w, sizes, rows=rows, places=places))
+    assert "a loop over tiles" not in caplog.text
     ends = np.cumsum(np.asarray(sizes))
     assert ends[-1] == 8 * T
     with jax.enable_x64(True):
@@ -154,9 +158,11 @@ def test_experts(T, E, N, K):
 @pytest.mark.parametrize("options", [{}, {"score": "sigmoid", "normalize": False, "scale": 2.5}])
 @pytest.mark.parametrize("T", [1, 5, 16, 700, 4096])
 @pytest.mark.parametrize(("E", "k"), [(128, 8), (60, 4), (8, 2)])
-def test_routes_are_those_of_a_cpu(T, E, k, options):
+def test_routes_are_those_of_a_cpu(caplog, T, E, k, options):
+    caplog.set_level(logging.DEBUG, "jaxquant.matmul")
     routing, logits = Routing(E, k, **options), random(T, E, seed=6).astype(jnp.float32)
     got = jax.jit(functools.partial(route, routing))(logits)
+    assert "through XLA" not in caplog.text
     with jax.default_device(jax.devices("cpu")[0]):
         expected = route(routing, jax.device_put(logits, jax.devices("cpu")[0]))
     np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
